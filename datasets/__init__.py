@@ -1,0 +1,211 @@
+"""Data sets by name, as batches on the training device.
+
+The small image sets live on the device as uint8 and are augmented there (`ImageBatches`); ImageNet comes through
+DataLoader workers (`imagenet.py`). In both, order and augmentation are functions of (seed, epoch) alone and are drawn
+on the CPU, so every device, batch size and stage sees the same stream for a seed.
+"""
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from utils import InputError
+
+
+class Source(NamedTuple):
+    classes: int
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...]
+    read: Callable[[Path], tuple[np.ndarray, ...]]  # data directory -> x_train, y_train, x_test, y_test
+
+
+class Data(NamedTuple):
+    classes: int
+    train: object  # .epoch(e) yields (x, y) batches; len() batches; .samples
+    test: object
+
+
+def check_name(name):
+    """Raise InputError, with the closest names, unless `name` is a data set."""
+    names = [*SOURCES, "ImageNet"]
+    if name not in names:
+        lower = {known.lower(): known for known in names}
+        close = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=2, cutoff=0.5)]
+        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
+        raise InputError(f"--datasets: no data set {name!r}; {hint}")
+
+
+def load(name, root, *, batch_size, device, seed, corrupt=0.0, part=None, workers=4):
+    """Data(classes, train, test) of data set `name` under directory `root`.
+
+    `part` keeps the first int(part N) training samples; then the first int(corrupt n) labels of what is left are
+    redrawn (`noisy_labels`). Raises InputError for missing or malformed data.
+    """
+    check_name(name)
+    if name == "ImageNet":
+        from datasets import imagenet
+
+        return imagenet.load(root, batch_size=batch_size, device=device, seed=seed, corrupt=corrupt, part=part,
+                             workers=workers)
+    source = SOURCES[name]
+    x_train, y_train, x_test, y_test = source.read(Path(root))
+    keep = kept_samples(len(x_train), part)
+    y_train = noisy_labels(y_train[:keep], corrupt, source.classes, seed)
+    train = ImageBatches(x_train[:keep], y_train, source, batch_size, device, seed=seed, shuffle=True,
+                         augment=True)
+    return Data(source.classes, train, ImageBatches(x_test, y_test, source, 500, device))
+
+
+def kept_samples(n, part):
+    """How many of n training samples --smalldatasets keeps: int(part n)."""
+    keep = n if part is None else int(part * n)
+    if keep < 1:
+        raise InputError(f"--smalldatasets {part} of {n} training samples leaves none")
+    return keep
+
+
+def noisy_labels(labels, corrupt, classes, seed):
+    """A copy of `labels` (n,), the first int(corrupt n) redrawn uniformly over all classes, the true one included."""
+    labels = np.array(labels, dtype=np.int64)
+    count = int(corrupt * len(labels))
+    labels[:count] = np.random.RandomState(seed).randint(0, classes, count)
+    return labels
+
+
+class ImageBatches:
+    """Batches of 32 x 32 images held on the device as uint8, normalised and, in training, augmented there.
+
+    epoch(e) yields x (B, 3, 32, 32) float32 in channels_last memory and y (B,) int64; the last batch may be smaller.
+    The augmentation has the law of torchvision's RandomHorizontalFlip, RandomCrop(32, padding=4), ToTensor and
+    Normalize: each sample draws a flip (p 1/2) and one of 9 x 9 windows of the zero-padded image.
+    """
+
+    PAD = 4
+
+    def __init__(self, images, labels, source, batch_size, device, *, seed=0, shuffle=False, augment=False):
+        """images (N, 32, 32, 3) uint8, labels (N,) integer."""
+        self.images = torch.as_tensor(images, device=device)
+        if augment:
+            self.images = F.pad(self.images, (0, 0) + (self.PAD,) * 4)  # (N, 40, 40, 3)
+        self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
+        self.mean = torch.tensor(source.mean, device=device)
+        self.std = torch.tensor(source.std, device=device)
+        self.batch_size, self.device, self.seed = batch_size, device, seed
+        self.shuffle, self.augment, self.samples = shuffle, augment, len(labels)
+
+    def __len__(self):
+        return -(-self.samples // self.batch_size)
+
+    def draws(self, epoch):
+        """Order (N,), and for the i-th sample in it flip (N,) in {0, 1} and window offsets top, left (N,) in 0..8."""
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(self.samples) if self.shuffle else np.arange(self.samples)
+        flip = rng.integers(0, 2, self.samples)
+        top, left = rng.integers(0, 2 * self.PAD + 1, (2, self.samples))
+        return torch.from_numpy(np.stack([order, flip, top, left])).to(self.device)
+
+    def epoch(self, epoch):
+        order, flip, top, left = self.draws(epoch)
+        for batch in range(0, self.samples, self.batch_size):
+            part = slice(batch, batch + self.batch_size)
+            yield self.pixels(order[part], flip[part], top[part], left[part]), self.labels[order[part]]
+
+    def pixels(self, index, flip, top, left):
+        """The images at `index`, flipped where flip is 1, cropped at (top, left), normalised: (B, 3, 32, 32)."""
+        if self.augment:
+            steps = torch.arange(32, device=self.device)
+            rows = top[:, None] + steps  # (B, 32)
+            columns = left[:, None] + steps
+            # the window at `left` of the flipped image, read from the unflipped one
+            columns = torch.where(flip[:, None] == 1, self.images.shape[2] - 1 - columns, columns)
+            x = self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+        else:
+            x = self.images[index]
+        x = x.float().div_(255).sub_(self.mean).div_(self.std)  # ToTensor and Normalize, in their order of rounding
+        return x.permute(0, 3, 1, 2)
+
+
+# ----------------------------------------------------------------------------------------------- reading
+
+
+def check_arrays(arrays, classes, where):
+    """Raise InputError unless arrays are x_train, y_train, x_test, y_test of a 32 x 32 RGB data set."""
+    for images, labels, split in zip(arrays[::2], arrays[1::2], ("train", "test"), strict=True):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
+            raise InputError(f"{where}: x_{split} must be (N, 32, 32, 3) uint8, not {images.shape} {images.dtype}")
+        if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+            raise InputError(f"{where}: y_{split} must be ({len(images)},) integer, not {labels.shape} {labels.dtype}")
+        if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
+            raise InputError(f"{where}: y_{split} must hold labels 0 to {classes - 1}")
+    return arrays
+
+
+def read_cifar(classes):
+    """A reader of CIFAR-10 or CIFAR-100: cifar<classes>.npz in the data directory, else torchvision's files there."""
+
+    def read(root):
+        path = root / f"cifar{classes}.npz"
+        if path.is_file():
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    arrays = [file[key] for key in ("x_train", "y_train", "x_test", "y_test")]
+            except Exception as error:  # truncated, foreign, pickled, or without one of the arrays
+                raise InputError(f"{path} cannot be read as x_train, y_train, x_test, y_test: {error}") from error
+            return check_arrays(arrays, classes, path)
+        splits = download(f"CIFAR{classes}", root, f"or put {path} there (see the README, air-gapped use)")
+        return [array for split in splits for array in (split.data, np.asarray(split.targets))]
+
+    return read
+
+
+def read_mnist(name):
+    """A reader of MNIST or FashionMNIST through torchvision: padded from 28 to 32 pixels, three equal channels."""
+
+    def read(root):
+        arrays = []
+        for split in download(name, root, "or copy its files there from a machine with network"):
+            grey = F.pad(split.data, (2, 2, 2, 2))
+            arrays += [grey[..., None].expand(-1, -1, -1, 3).numpy(), split.targets.numpy()]
+        return arrays
+
+    return read
+
+
+def download(name, root, hint):
+    """torchvision's training and test split of `name` under `root`, downloaded with checksums if need be."""
+    import torchvision.datasets as tv_datasets
+
+    try:
+        return [getattr(tv_datasets, name)(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise InputError(f"--data {root}: {name} is not there and could not be downloaded ({error}); {hint}") from error
+
+
+def read_digits(root):
+    """scikit-learn's 1,797 handwritten digits (8 x 8, grey), 80/20 split, up-sampled to 32 x 32 x 3; needs no files."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images / 16).float()[:, None]
+    images = F.interpolate(images, size=32, mode="bilinear", align_corners=False)
+    images = (255 * images).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+    x_train, x_test, y_train, y_test = train_test_split(
+        images, digits.target, test_size=0.2, random_state=0, stratify=digits.target
+    )
+    return x_train, y_train, x_test, y_test
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SOURCES = {
+    "CIFAR10": Source(10, IMAGENET_MEAN, IMAGENET_STD, read_cifar(10)),
+    "CIFAR100": Source(100, (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047),
+                       read_cifar(100)),
+    "MNIST": Source(10, (0.1307,) * 3, (0.3081,) * 3, read_mnist("MNIST")),
+    "FashionMNIST": Source(10, (0.2860,) * 3, (0.3530,) * 3, read_mnist("FashionMNIST")),
+    "digits": Source(10, (0.3054,) * 3, (0.3237,) * 3, read_digits),
+}

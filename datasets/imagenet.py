@@ -1,0 +1,91 @@
+"""ImageNet, or any folder laid out like it: train/<class>/*.JPEG and val/<class>/*.JPEG, through DataLoader workers.
+
+Training: RandomResizedCrop(224) and flip; evaluation: Resize(256), CenterCrop(224); both normalised.
+"""
+from pathlib import Path
+
+import torch
+import torchvision.datasets as tv_datasets
+from torchvision.transforms import v2
+
+from datasets import IMAGENET_MEAN, IMAGENET_STD, Data, kept_samples, noisy_labels
+from utils import InputError
+
+
+def load(root, *, batch_size, device, seed, corrupt=0.0, part=None, workers=4):
+    """Data of the image folders under `root`; as many classes as train/ has folders. See `datasets.load`."""
+    train, test = Folder(root, "train", TRAIN), Folder(root, "val", EVAL)
+    if train.class_to_idx != test.class_to_idx:
+        raise InputError(f"--data {root}: train/ and val/ must have the same class folders")
+    train.samples = train.samples[: kept_samples(len(train.samples), part)]
+    labels = noisy_labels([label for _, label in train.samples], corrupt, len(train.classes), seed)
+    train.samples = [(path, int(label)) for (path, _), label in zip(train.samples, labels, strict=True)]
+    return Data(
+        len(train.classes),
+        FolderBatches(train, batch_size, device, workers, seed=seed, shuffle=True),
+        FolderBatches(test, batch_size, device, workers),
+    )
+
+
+def _transform(*geometry):
+    return v2.Compose([v2.ToImage(), *geometry, v2.ToDtype(torch.float32, scale=True),
+                       v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+
+TRAIN = _transform(v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip())
+EVAL = _transform(v2.Resize(256, antialias=True), v2.CenterCrop(224))
+
+
+class Folder(tv_datasets.ImageFolder):
+    """ImageFolder indexed by (i, draw): the augmentation of image i is a function of `draw`, in whichever worker."""
+
+    def __init__(self, root, split, transform):
+        try:
+            super().__init__(Path(root) / split, transform)
+        except (OSError, FileNotFoundError) as error:
+            raise InputError(
+                f"--data {root}: ImageNet needs class folders with images under {split}/ ({error})"
+            ) from error
+
+    def __getitem__(self, key):
+        index, draw = key
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(draw)
+            return super().__getitem__(index)
+
+
+class Order(torch.utils.data.Sampler):
+    """Pairs (index, draw) of one epoch, a function of (seed, epoch); in file order without `shuffle`."""
+
+    def __init__(self, n, seed, shuffle):
+        self.n, self.seed, self.shuffle, self.current = n, seed, shuffle, 0
+
+    def __len__(self):
+        return self.n
+
+    def __iter__(self):
+        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.current)
+        order = torch.randperm(self.n, generator=rng) if self.shuffle else torch.arange(self.n)
+        draws = torch.randint(2**62, (self.n,), generator=rng)
+        return zip(order.tolist(), draws.tolist(), strict=True)
+
+
+class FolderBatches:
+    """epoch(e) yields x (B, 3, 224, 224) float32 in channels_last memory and y (B,) int64 on the device."""
+
+    def __init__(self, folder, batch_size, device, workers, *, seed=0, shuffle=False):
+        self.samples, self.device = len(folder.samples), device
+        self.order = Order(self.samples, seed, shuffle)
+        self.loader = torch.utils.data.DataLoader(
+            folder, batch_size, sampler=self.order, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
+            persistent_workers=workers > 0,
+        )
+
+    def __len__(self):
+        return len(self.loader)
+
+    def epoch(self, epoch):
+        self.order.current = epoch
+        for x, y in self.loader:
+            x = x.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+            yield x, y.to(self.device, non_blocking=True)

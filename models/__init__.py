@@ -1,0 +1,56 @@
+"""Networks by name: our own for 32 x 32 images, torchvision's classification models for ImageNet.
+
+A new family is a file with a dict MODELS (name -> constructor taking num_classes) and a line in SMALL below.
+"""
+import difflib
+
+from models import resnet_cifar
+from utils import InputError
+
+SMALL = {**resnet_cifar.MODELS}
+
+
+def list_models(dataset="CIFAR10"):
+    """Names that `get_model` knows for `dataset`."""
+    if dataset != "ImageNet":
+        return list(SMALL)
+    import torchvision.models as tv_models
+
+    return tv_models.list_models(module=tv_models)
+
+
+def check_name(arch, dataset="CIFAR10"):
+    """Raise InputError, with the closest names, unless `arch` exists for `dataset`."""
+    names = list_models(dataset)
+    if arch not in names:
+        close = difflib.get_close_matches(arch, names, n=4, cutoff=0.4)
+        hint = f"; did you mean {', '.join(close)}?" if close else f"; there are {', '.join(names)}"
+        raise InputError(f"--arch: no network {arch!r} for {dataset}{hint}")
+
+
+def get_model(arch, num_classes, dataset="CIFAR10", pretrained=False):
+    """A new network (on the CPU, drawn from torch's global generator): images -> (N, num_classes) logits.
+
+    `pretrained` starts from torchvision's default weights (ImageNet's 1000 classes only).
+    Raises InputError for an unknown name, or for weights that do not exist or cannot be had.
+    """
+    check_name(arch, dataset)
+    if dataset != "ImageNet":
+        if pretrained:
+            raise InputError(f"--pretrained: there are no weights for {arch} on {dataset}, only for ImageNet")
+        return SMALL[arch](num_classes=num_classes)
+
+    import torchvision.models as tv_models
+
+    # auxiliary heads would turn the training output into a tuple; the method has one loss
+    options = {"aux_logits": False} if arch in ("googlenet", "inception_v3") else {}
+    if not pretrained:
+        if options:
+            options["init_weights"] = True  # torchvision's own default, said aloud to silence its warning
+        return tv_models.get_model(arch, weights=None, num_classes=num_classes, **options)
+    if num_classes != 1000:
+        raise InputError(f"--pretrained: torchvision's weights have 1000 classes, --data has {num_classes}")
+    try:
+        return tv_models.get_model(arch, weights="DEFAULT", **options)
+    except OSError as error:
+        raise InputError(f"--pretrained: the weights of {arch} could not be downloaded ({error})") from error

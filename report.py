@@ -1,0 +1,115 @@
+"""Table and figure of finished runs: reads the *_summary.json and *_log.jsonl below the given directories.
+
+Prints one Markdown row per run: parameters trained, epochs, last and best test accuracy, seconds. With --figure it
+draws test accuracy against epoch and against training time.
+
+Example:
+  python report.py runs/quick --table runs/quick/table.md --figure runs/quick/figure.png
+"""
+import argparse
+import json
+from pathlib import Path
+
+import utils
+
+# method -> label and colour (Okabe and Ito's palette, safe for colour-blind readers)
+STYLES = {"sgd": ("SGD", "#000000"), "pbfgs": ("P-BFGS", "#0072B2"), "psgd": ("P-SGD", "#D55E00")}
+
+
+def parse_args(argv=None):
+    description, example = __doc__.strip().split("\n\nExample", 1)
+    parser = argparse.ArgumentParser(
+        description=description, epilog="example" + example, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directories", nargs="+", metavar="DIR", help="run directories, searched with all below them")
+    parser.add_argument("--table", metavar="FILE", help="also write the Markdown table to this file")
+    parser.add_argument("--figure", metavar="FILE", help="draw the figure to this file (.png, .svg or .pdf)")
+    return parser.parse_args(argv)
+
+
+def find_runs(directories):
+    """Summaries below the directories, each with its log as "log"; SGD, P-BFGS, P-SGD in each directory."""
+    runs = []
+    for directory in directories:
+        for method in STYLES:
+            for path in Path(directory).rglob(f"{method}_summary.json"):
+                try:
+                    summary = json.loads(path.read_text())
+                    lines = path.with_name(f"{method}_log.jsonl").read_text().splitlines()
+                    runs.append({**summary, "directory": path.parent, "log": [json.loads(line) for line in lines]})
+                except (OSError, ValueError) as error:
+                    raise utils.InputError(f"{path} and its {method}_log.jsonl cannot be read: {error}") from error
+    if not runs:
+        raise utils.InputError(f"no *_summary.json below {' '.join(directories)}; a finished run writes one")
+    order = list(STYLES)
+    return sorted(runs, key=lambda run: (str(run["directory"]), order.index(run["method"])))
+
+
+def label(run):
+    """SGD, Adam, P-BFGS or P-SGD."""
+    return "Adam" if run["args"].get("optimizer") == "adam" else STYLES[run["method"]][0]
+
+
+def table(runs):
+    """A Markdown table, one row per run; the first column names data set, network, label noise and seed."""
+    rows = [
+        "| run | method | parameters trained | epochs | test accuracy, last (%) | best (%) at epoch "
+        "| training accuracy, last (%) | seconds: train + eval + basis |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for run in runs:
+        noise = f", {100 * run['corrupt']:g}% label noise" if run["corrupt"] else ""
+        part = run["args"].get("smalldatasets")
+        part = f", {100 * part:g}% of the samples" if part else ""
+        seconds = run["seconds"]
+        rows.append(
+            f"| {run['dataset']}, {run['arch']}{noise}{part}, seed {run['seed']} | {label(run)} "
+            f"| {run['parameters_trained']:,} | {run['epochs']} | {run['test_accuracy_last']:.2f} "
+            f"| {run['test_accuracy_best']:.2f} at {run['best_epoch']} | {run['train_accuracy_last']:.2f} "
+            f"| {seconds['train']:.1f} + {seconds['eval']:.1f} + {seconds['basis']:.1f} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def figure(runs, path):
+    """Test accuracy against epoch and against seconds of training, one line per run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, (by_epoch, by_time) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for run in runs:
+        log, (_, colour) = run["log"], STYLES[run["method"]]
+        accuracy = [line["test_accuracy"] for line in log]
+        elapsed = [run["seconds"]["basis"] + sum(line["seconds"] for line in log[: i + 1]) for i in range(len(log))]
+        text = f"{label(run)} ({run['parameters_trained']:,} parameters)"
+        by_epoch.plot([line["epoch"] for line in log], accuracy, color=colour, label=text, marker=".", markersize=4)
+        by_time.plot(elapsed, accuracy, color=colour, label=text, marker=".", markersize=4)
+    by_epoch.set(xlabel="epoch", ylabel="test accuracy (%)")
+    by_time.set(xlabel="seconds of training, basis included")
+    titles = {f"{run['dataset']}, {run['arch']}" for run in runs}
+    fig.suptitle("; ".join(sorted(titles)), fontsize=10)
+    for axes in (by_epoch, by_time):
+        axes.grid(alpha=0.3)
+    by_epoch.legend(frameon=False, loc="lower right", fontsize=8)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def main(args):
+    runs = find_runs(args.directories)
+    text = table(runs)
+    print(text, end="")
+    try:
+        if args.table:
+            Path(args.table).write_text(text)
+        if args.figure:
+            figure(runs, args.figure)
+            print(f"figure: {args.figure}")
+    except (OSError, ValueError) as error:
+        raise utils.InputError(f"--table, --figure: {error}") from error
+
+
+if __name__ == "__main__":
+    utils.run_script(parse_args, main)

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# ./run.sh          the paper's CIFAR demo: SGD, then P-BFGS and P-SGD in the subspace of its trajectory, for each model
+#                   DATASETS="CIFAR10" (or CIFAR100), MODELS="resnet20 ...", CORRUPT=0 (label noise), SAVE_ROOT=.
+# ./run.sh quick    the same pipeline on scikit-learn's digits with a ResNet-8: minutes on two CPU cores, no download
+# ./run.sh test     the test suite; further arguments go to pytest
+# ./run.sh lint     ruff
+# Each uses the active python where it has the packages, else a .venv made from requirements.txt here.
+# A stage that fails stops the script with that stage's exit status.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+# set $python to an interpreter that can import the modules $2, installing the requirements file $1 if there is none
+environment() {
+    local requirements=$1 modules=$2
+    for python in "${PYTHON:-python3}" .venv/bin/python; do
+        if "$python" -c "import $modules" 2>/dev/null; then return; fi
+    done
+    if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        echo "run.sh: error: Python 3.11 or later is needed; set PYTHON to one" >&2
+        exit 1
+    fi
+    echo "run.sh: installing $requirements into .venv (once; the CUDA build of torch is about 5 GB)"
+    "${PYTHON:-python3}" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+}
+
+stage() {
+    echo "+ python $*" | tee -a "$log"
+    "$python" -u "$@" |& tee -a "$log"
+}
+
+demo() {
+    local root=${SAVE_ROOT:-.} c=${CORRUPT:-0} dataset model epochs window name
+    mkdir -p "$root"
+    for dataset in ${DATASETS:-CIFAR10}; do
+        # sampling epochs and end of the window, as published for each data set
+        case $dataset in CIFAR100) epochs=200 window=101 ;; *) epochs=150 window=81 ;; esac
+        for model in ${MODELS:-resnet20}; do
+            name=${model}
+            [[ $dataset == CIFAR10 ]] || name=${dataset}_${model}
+            log=$root/log_$name
+            local common=(--datasets "$dataset" --corrupt "$c" --arch "$model" --save-dir "$root/save_labelnoise${c}_$name")
+            local subspace=("${common[@]}" --params_start 0 --params_end "$window" --n_components 40)
+            stage train_sgd.py "${common[@]}" --lr 0.1 --epochs "$epochs"
+            stage train_pbfgs.py "${subspace[@]}" --epochs 20 --batch-size 1024
+            stage train_psgd.py "${subspace[@]}" --epochs 40 --lr 1 --batch-size 128
+            stage report.py "$root/save_labelnoise${c}_$name" --figure "$root/save_labelnoise${c}_$name/figure.png"
+        done
+    done
+}
+
+quick() {
+    local dir=${SAVE_ROOT:-runs}/quick
+    mkdir -p "$dir"
+    log=$dir/log
+    local common=(--datasets digits --arch resnet8 --save-dir "$dir")
+    local subspace=("${common[@]}" --params_start 0 --params_end 31 --n_components 15)
+    stage train_sgd.py "${common[@]}" --lr 0.1 --epochs 30
+    stage train_pbfgs.py "${subspace[@]}" --epochs 20 --batch-size 256
+    stage train_psgd.py "${subspace[@]}" --epochs 40 --lr 1 --batch-size 128
+    stage report.py "$dir" --figure "$dir/figure.png"
+}
+
+runtime="torch, torchvision, numpy, sklearn, matplotlib, tqdm"
+case ${1:-demo} in
+    demo) environment requirements.txt "$runtime"; demo ;;
+    quick) environment requirements.txt "$runtime"; quick ;;
+    test) environment requirements-dev.txt "$runtime, pytest"; exec "$python" -m pytest "${@:2}" ;;
+    lint) environment requirements-dev.txt "ruff"; exec "$python" -m ruff check . ;;
+    *) sed -n '2,/^# A stage/s/^# //p' "$0" >&2; exit 2 ;;
+esac

@@ -1,0 +1,62 @@
+"""Train a network inside the subspace of its SGD trajectory with projected BFGS (P-BFGS).
+
+Reads the snapshots --params_start to --params_end - 1 that train_sgd.py left in --save-dir, takes their first
+--n_components principal directions, and trains from the first of them with BFGS and an Armijo line search on each
+mini-batch. With --alpha > 0 it also follows what the subspace leaves out of the gradient (P+-BFGS).
+Writes pbfgs_args.json, pbfgs_log.jsonl, pbfgs_checkpoint.pt, pbfgs_final.pt and pbfgs_summary.json.
+
+Example:
+  python train_pbfgs.py --datasets CIFAR10 --arch resnet20 --params_end 81 --n_components 40 --save-dir save_resnet20
+"""
+import torch
+import torch.nn.functional as F
+
+import datasets
+import models
+import utils
+from subspace import ProjectedBFGS, flat_parameters, frozen_statistics, load_window, pca_basis, snapshot_paths
+
+
+def parse_args(argv=None):
+    parser, train = utils.base_parser(__doc__, epochs=20, batch_size=1024, lr=1.0,
+                                      lr_help="step length of the line search's first trial, along -B g")
+    train.add_argument("--alpha", type=utils.nonnegative, default=0.0, metavar="LR",
+                       help="learning rate on the gradient's part outside the subspace (P+-BFGS); 0 stays inside")
+    train.add_argument("--gamma", type=utils.nonnegative, default=0.9, metavar="M",
+                       help="its momentum, where --alpha > 0")
+    utils.add_subspace_flags(parser)
+    return utils.check_args(parser, parser.parse_args(argv))
+
+
+def main(args):
+    paths = snapshot_paths(args.save_dir, utils.window_indices(args))
+    run = utils.Run("pbfgs", args)
+    device = utils.set_up(args)
+    with run.timer("load"):
+        data = datasets.load(args.datasets, args.data, batch_size=args.batch_size, device=device, seed=args.randomseed,
+                             corrupt=args.corrupt, part=args.smalldatasets, workers=args.workers)
+        model = models.get_model(args.arch, data.classes, args.datasets).to(device)
+        window = load_window(paths, model, device)
+        w = flat_parameters(model)
+    if args.evaluate:
+        return utils.evaluate_saved(run, model, data)
+    with run.timer("basis"):
+        P, explained = pca_basis(window, args.n_components)
+    run.begin(data, w, snapshots=len(paths), explained=explained)
+
+    pbfgs = ProjectedBFGS(w, P, lr=args.lr, alpha=args.alpha, gamma=args.gamma,
+                          max_trials=30 if args.datasets == "ImageNet" else 20)
+
+    def update(loss, x, y):
+        def trial_loss():
+            return F.cross_entropy(model(x), y)  # in float32 whatever --half: bfloat16 cannot see small steps
+
+        with frozen_statistics(model), torch.no_grad():
+            pbfgs.step(float(trial_loss()) if args.half else loss, trial_loss)
+
+    return utils.fit(run, model, w, data, update, algorithm=pbfgs, schedule=utils.multistep(args.lr, []),
+                     statistics=pbfgs.counts)
+
+
+if __name__ == "__main__":
+    utils.run_script(parse_args, main)

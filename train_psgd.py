@@ -1,0 +1,50 @@
+"""Train a network inside the subspace of its SGD trajectory with projected SGD (P-SGD).
+
+Reads the snapshots --params_start to --params_end - 1 that train_sgd.py left in --save-dir, takes their first
+--n_components principal directions, and trains from the first of them, moving along these directions only.
+Writes psgd_args.json, psgd_log.jsonl, psgd_checkpoint.pt, psgd_final.pt and psgd_summary.json.
+
+Example:
+  python train_psgd.py --datasets CIFAR10 --arch resnet20 --params_end 81 --n_components 40 --save-dir save_resnet20
+"""
+import datasets
+import models
+import utils
+from subspace import ProjectedSGD, flat_parameters, load_window, pca_basis, snapshot_paths
+
+
+def parse_args(argv=None):
+    parser, train = utils.base_parser(__doc__, epochs=40, batch_size=128, lr=1.0,
+                                      lr_help="learning rate in the subspace")
+    train.add_argument("--momentum", type=utils.nonnegative, default=0.9, metavar="M", help="momentum in the subspace")
+    train.add_argument("--milestones", type=int, nargs="*", default=[30, 50], metavar="E",
+                       help="epochs after which lr drops to a tenth")
+    utils.add_subspace_flags(parser)
+    return utils.check_args(parser, parser.parse_args(argv))
+
+
+def main(args):
+    paths = snapshot_paths(args.save_dir, utils.window_indices(args))
+    run = utils.Run("psgd", args)
+    device = utils.set_up(args)
+    with run.timer("load"):
+        data = datasets.load(args.datasets, args.data, batch_size=args.batch_size, device=device, seed=args.randomseed,
+                             corrupt=args.corrupt, part=args.smalldatasets, workers=args.workers)
+        model = models.get_model(args.arch, data.classes, args.datasets).to(device)
+        window = load_window(paths, model, device)
+        w = flat_parameters(model)
+    if args.evaluate:
+        return utils.evaluate_saved(run, model, data)
+    with run.timer("basis"):
+        P, explained = pca_basis(window, args.n_components)
+    run.begin(data, w, snapshots=len(paths), explained=explained)
+
+    psgd = ProjectedSGD(w, P, lr=args.lr, momentum=args.momentum)
+    return utils.fit(
+        run, model, w, data, update=lambda *_: psgd.step(), algorithm=psgd, groups=psgd.optimizer.param_groups,
+        schedule=utils.multistep(args.lr, args.milestones),
+    )
+
+
+if __name__ == "__main__":
+    utils.run_script(parse_args, main)

@@ -1,0 +1,85 @@
+"""Train a network normally and save its parameters after every epoch: the sampling stage of DLDR.
+
+Writes the snapshots 0.pt (initialisation), 1.pt, ... to --save-dir, and sgd_args.json, sgd_log.jsonl,
+sgd_checkpoint.pt, sgd_final.pt and sgd_summary.json. train_pbfgs.py and train_psgd.py read the snapshots.
+
+Example:
+  python train_sgd.py --datasets CIFAR10 --arch resnet20 --epochs 150 --save-dir save_resnet20
+"""
+import torch
+
+import datasets
+import models
+import utils
+from subspace import flat_parameters
+
+MILESTONES = {"CIFAR100": [150], "ImageNet": [30, 60]}  # elsewhere [100, 150]
+
+
+def parse_args(argv=None):
+    parser, train = utils.base_parser(__doc__, epochs=200, batch_size=128, lr=None,
+                                      lr_help="learning rate (default: 0.1 for sgd, 0.001 for adam)")
+    train.add_argument("--optimizer", choices=("sgd", "adam"), default="sgd", help="optimiser")
+    train.add_argument("--momentum", type=utils.nonnegative, default=0.9, metavar="M", help="momentum of sgd")
+    train.add_argument("--wd", "--weight-decay", dest="weight_decay", type=utils.nonnegative, default=1e-4, metavar="W",
+                       help="weight decay")
+    train.add_argument("--milestones", type=int, nargs="*", default=None, metavar="E",
+                       help="epochs after which lr drops to a tenth (default: 100 150; CIFAR100 150; ImageNet 30 60)")
+    train.add_argument("--pretrained", action="store_true", help="start from torchvision's weights (ImageNet only)")
+    train.add_argument("--samples-per-epoch", type=utils.count, default=None, metavar="S",
+                       help="snapshots per epoch (default: 1, at its end; ImageNet 6): after iterations 1, c + 1, ..., "
+                       "(S - 1) c + 1 with c = (iterations - 1) // (S - 1)")
+    args = parser.parse_args(argv)
+    if args.lr is None:
+        args.lr = {"sgd": 0.1, "adam": 0.001}[args.optimizer]
+    if args.milestones is None:
+        args.milestones = MILESTONES.get(args.datasets, [100, 150])
+    if args.samples_per_epoch is None:
+        args.samples_per_epoch = 6 if args.datasets == "ImageNet" else 1
+    return utils.check_args(parser, args)
+
+
+def sampling_iterations(iterations, samples):
+    """The iterations of an epoch, counted from 1, after which a snapshot is saved; the last one if samples is 1."""
+    if samples == 1:
+        return [iterations]
+    if samples > iterations:
+        raise utils.InputError(f"--samples-per-epoch {samples}: an epoch has {iterations} iterations only")
+    step = (iterations - 1) // (samples - 1)
+    return [1 + j * step for j in range(samples)]
+
+
+def main(args):
+    run = utils.Run("sgd", args)
+    device = utils.set_up(args)
+    with run.timer("load"):
+        data = datasets.load(args.datasets, args.data, batch_size=args.batch_size, device=device, seed=args.randomseed,
+                             corrupt=args.corrupt, part=args.smalldatasets, workers=args.workers)
+        model = models.get_model(args.arch, data.classes, args.datasets, args.pretrained).to(device)
+        w = flat_parameters(model)
+    if args.evaluate:
+        return utils.evaluate_saved(run, model, data)
+
+    due = sampling_iterations(len(data.train), args.samples_per_epoch)
+    run.begin(data, w, snapshots=1 + args.epochs * len(due))
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD([w], lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    else:
+        optimizer = torch.optim.Adam([w], lr=args.lr, weight_decay=args.weight_decay)
+
+    def save_snapshot(epoch, iteration):
+        if iteration in due:
+            index = epoch * len(due) + due.index(iteration) + 1
+            utils.save_tensors(run.directory / f"{index}.pt", utils.cpu_copy(model.state_dict()))
+
+    if not args.resume:
+        utils.save_tensors(run.directory / f"{args.start_epoch * len(due)}.pt", utils.cpu_copy(model.state_dict()))
+    return utils.fit(
+        run, model, w, data, update=lambda *_: optimizer.step(), algorithm=optimizer, groups=optimizer.param_groups,
+        schedule=utils.multistep(args.lr, args.milestones, warm_up=args.arch in ("resnet110", "resnet1202")),
+        after_iteration=save_snapshot,
+    )
+
+
+if __name__ == "__main__":
+    utils.run_script(parse_args, main)
