@@ -55,8 +55,8 @@ quick() {
     log=$dir/log
     local common=(--datasets digits --arch resnet8 --save-dir "$dir")
     local subspace=("${common[@]}" --params_start 0 --params_end 31 --n_components 15)
-    stage train_sgd.py "${common[@]}" --lr 0.1 --epochs 30
-    stage train_pbfgs.py "${subspace[@]}" --epochs 20 --batch-size 256
+    stage train_sgd.py "${common[@]}" --lr 0.1 --epochs 40 --milestones 30
+    stage train_pbfgs.py "${subspace[@]}" --epochs 20 --batch-size 128
     stage train_psgd.py "${subspace[@]}" --epochs 40 --lr 1 --batch-size 128
     stage report.py "$dir" --figure "$dir/figure.png"
 }

@@ -162,6 +162,11 @@ class ProjectedSGD:
         self.optimizer.step()
         torch.addmv(self.start, self.P.T, self.theta, out=self.w)
 
+    @property
+    def param_groups(self) -> list[dict]:
+        """Those of the optimiser on theta: where a schedule sets the lr."""
+        return self.optimizer.param_groups
+
     def state_dict(self) -> dict:
         return {"start": self.start, "theta": self.theta, "optimizer": self.optimizer.state_dict()}
 
@@ -227,8 +232,8 @@ class ProjectedBFGS:
         """One iteration from w.grad, the gradient of the loss f at w.
 
         trial_loss() evaluates the same mini-batch's loss at the current w, a scalar; it must leave w.grad and the
-        batch-norm statistics alone (see `frozen_statistics`). Raises FloatingPointError, with w as it was, if no
-        trial is finite at the end of the search.
+        batch-norm statistics alone (see `frozen_statistics`). Raises FloatingPointError, with w as it was, if
+        the search ends on a loss that is not finite.
         """
         g_device = self.P @ self.w.grad
         g = g_device.double().cpu()

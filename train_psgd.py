@@ -40,10 +40,8 @@ def main(args):
     run.begin(data, w, snapshots=len(paths), explained=explained)
 
     psgd = ProjectedSGD(w, P, lr=args.lr, momentum=args.momentum)
-    return utils.fit(
-        run, model, w, data, update=lambda *_: psgd.step(), algorithm=psgd, groups=psgd.optimizer.param_groups,
-        schedule=utils.multistep(args.lr, args.milestones),
-    )
+    return utils.fit(run, model, w, data, update=lambda *_: psgd.step(), algorithm=psgd,
+                     schedule=utils.multistep(args.lr, args.milestones))
 
 
 if __name__ == "__main__":

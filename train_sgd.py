@@ -75,7 +75,7 @@ def main(args):
     if not args.resume:
         utils.save_tensors(run.directory / f"{args.start_epoch * len(due)}.pt", utils.cpu_copy(model.state_dict()))
     return utils.fit(
-        run, model, w, data, update=lambda *_: optimizer.step(), algorithm=optimizer, groups=optimizer.param_groups,
+        run, model, w, data, update=lambda *_: optimizer.step(), algorithm=optimizer,
         schedule=utils.multistep(args.lr, args.milestones, warm_up=args.arch in ("resnet110", "resnet1202")),
         after_iteration=save_snapshot,
     )

@@ -276,12 +276,12 @@ def evaluate(model, batches, half=False):
     return {"loss": float(loss_sum) / seen, "accuracy": 100 * int(correct) / seen}
 
 
-def fit(run, model, w, data, update, *, schedule, groups=(), algorithm, statistics=None, after_iteration=None):
+def fit(run, model, w, data, update, *, schedule, algorithm, statistics=None, after_iteration=None):
     """Train for the epochs of run.args, evaluating, logging and checkpointing after each; returns the summary.
 
-    update(loss, x, y): see `train_epoch`. schedule(epoch) gives the lr that `groups` (of a torch optimiser) get.
-    `algorithm` has state_dict and load_state_dict, for --resume. statistics() gives what the method adds to an
-    epoch's log. after_iteration(epoch, i) is called after each mini-batch.
+    update(loss, x, y): see `train_epoch`. `algorithm` has state_dict and load_state_dict, for --resume, and may have
+    param_groups as torch's optimisers do: they get the lr that schedule(epoch) says. statistics() gives what
+    the method adds to an epoch's log. after_iteration(epoch, i) is called after each mini-batch.
     """
     args = run.args
     first = run.resume(model, algorithm) if args.resume else args.start_epoch
@@ -289,7 +289,7 @@ def fit(run, model, w, data, update, *, schedule, groups=(), algorithm, statisti
         good = run.state(epoch, model, algorithm)
         seed_everything(args.randomseed, epoch)
         lr = schedule(epoch)
-        for group in groups:
+        for group in getattr(algorithm, "param_groups", ()):  # read anew: loading a state replaces them
             group["lr"] = lr
         hook = after_iteration and (lambda i, epoch=epoch: after_iteration(epoch, i))
         bar = tqdm(total=len(data.train), desc=f"epoch {epoch + 1}/{args.epochs}", unit="it", leave=False,
@@ -456,6 +456,8 @@ class Run:
         }
         self.log.append(line)
         try:
+            if len(self.log) == 1:  # a run of the same name before this one: its summary is not that of the new log
+                self.path("summary.json").unlink(missing_ok=True)
             with open(self.path("log.jsonl"), "w" if len(self.log) == 1 else "a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
@@ -530,7 +532,9 @@ class Run:
 
 
 def command_line():
-    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command as typed; of an absolute path to the script only its name."""
+    script = Path(sys.argv[0])
+    return " ".join(["python", script.name if script.is_absolute() else str(script), *sys.argv[1:]])
 
 
 def versions():

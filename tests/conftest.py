@@ -1,0 +1,47 @@
+"""Shared fixtures: a short real sampling run, and where real CIFAR-10 lies."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_sgd
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def plain_argv(monkeypatch):
+    """Runs record their command line; pytest's own does not belong in it."""
+    monkeypatch.setattr(sys, "argv", ["test"])
+
+
+def digits_args(directory, *more):
+    """Flags of a run of a second or two: 30% of the digits, resnet8, batches of 64."""
+    return ["--datasets", "digits", "--arch", "resnet8", "--smalldatasets", "0.3", "--batch-size", "64", "--device",
+            "cpu", "--save-dir", str(directory), *more]
+
+
+@pytest.fixture(scope="session")
+def sampled(tmp_path_factory):
+    """A directory with snapshots 0.pt ... 5.pt of a real SGD run. Read only: write to another --output-dir."""
+    directory = tmp_path_factory.mktemp("sampled")
+    train_sgd.main(train_sgd.parse_args(digits_args(directory, "--epochs", "5", "--lr", "0.05")))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def real_cifar10():
+    """The directory with a real cifar10.npz; skips where there is none."""
+    for directory in (os.environ.get("DLDR_DATA"), ROOT / "data"):
+        if directory and (Path(directory) / "cifar10.npz").is_file():
+            return Path(directory)
+    pytest.skip("no cifar10.npz in DLDR_DATA or data/")

@@ -1,0 +1,150 @@
+"""The basis against two independent solvers: numpy's float64 SVD and scikit-learn's full PCA."""
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+import models
+from subspace import flat_parameters, load_window, pca_basis, read_snapshot, snapshot_paths
+from utils import InputError
+
+
+def angle(P, Q):
+    """Largest principal angle (radians) between the row spans of P and Q (k, D), through its sine: exact when small."""
+    P, Q = (np.linalg.qr(np.asarray(M, dtype=np.float64).T)[0] for M in (P, Q))
+    return float(np.arcsin(min(1.0, np.linalg.norm(Q - P @ (P.T @ Q), 2))))
+
+
+def trajectory(n=31, D=20_000, seed=0):
+    """Snapshots like those of training: a big common part, a decaying drift and small steps, float32 (n, D)."""
+    rng = np.random.default_rng(seed)
+    drift = rng.standard_normal((6, D)) * 0.05
+    path = np.stack([[(1 - np.exp(-t / tau)) for tau in (2, 4, 8, 16, 32, 64)] for t in range(n)])
+    noise = np.cumsum(rng.standard_normal((n, D)), axis=0) * 1e-3
+    return (rng.standard_normal(D) + path @ drift + noise).astype(np.float32)
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**27, 40_000])  # one chunk, and many with a short last one
+@pytest.mark.parametrize("k", [1, 10, 30])  # 30 = n - 1: every direction there is
+def test_basis_equals_float64_svd(k, chunk_bytes):
+    X = trajectory()
+    P, explained = pca_basis(torch.tensor(X), k, chunk_bytes)
+    centred = X.astype(np.float64) - X.astype(np.float64).mean(0)
+    _, S, Vt = np.linalg.svd(centred, full_matrices=False)
+    assert P.shape == (k, X.shape[1]) and P.dtype == torch.float32
+    assert angle(P, Vt[:k]) < 1e-5
+    np.testing.assert_allclose(explained, S[:k] ** 2 / (S**2).sum(), rtol=1e-6)
+    Q = P.double()
+    assert (Q @ Q.T - torch.eye(k, dtype=torch.float64)).abs().max() <= 1e-6
+
+
+def test_basis_equals_sklearn_full():
+    X = trajectory(n=41)
+    pca = PCA(n_components=20, svd_solver="full").fit(X)
+    P, explained = pca_basis(torch.tensor(X), 20)
+    assert angle(P, pca.components_) < 1e-4  # scikit-learn works in float32 here
+    np.testing.assert_allclose(explained, pca.explained_variance_ratio_, rtol=1e-3)
+
+
+def test_basis_of_a_real_trajectory(sampled):
+    model = models.get_model("resnet8", 10)
+    window = load_window(snapshot_paths(sampled, range(6)), model)
+    X = window.double().numpy().copy()
+    P, _ = pca_basis(window, 5)
+    _, _, Vt = np.linalg.svd(X - X.mean(0), full_matrices=False)
+    assert angle(P, Vt[:5]) < 1e-5
+    assert (P.double() @ P.double().T - torch.eye(5)).abs().max() <= 1e-6
+
+
+def test_steep_spectrum_stays_orthonormal():
+    """Singular values over four decades, as after a drop of the learning rate: still a float64-accurate Gram."""
+    rng = np.random.default_rng(3)
+    U, V = np.linalg.qr(rng.standard_normal((21, 21)))[0], np.linalg.qr(rng.standard_normal((5_000, 21)))[0]
+    X = (U * np.logspace(1, -3, 21)) @ V.T
+    P, _ = pca_basis(torch.tensor(X.astype(np.float32)), 15)
+    Y = X.astype(np.float32).astype(np.float64)
+    assert angle(P, np.linalg.svd(Y - Y.mean(0), full_matrices=False)[2][:15]) < 1e-4
+    assert (P.double() @ P.double().T - torch.eye(15)).abs().max() <= 1e-6
+
+
+def test_window_memory_becomes_the_basis():
+    """P lives in the window's memory, and the rows it does not need are given back."""
+    window = torch.tensor(trajectory())
+    pointer = window.untyped_storage().data_ptr()
+    P, _ = pca_basis(window, 7)
+    assert P.untyped_storage().nbytes() == 7 * 20_000 * 4
+    assert P.is_contiguous() and (P.data_ptr() == pointer or P.untyped_storage().data_ptr() == P.data_ptr())
+
+
+@pytest.mark.parametrize("k", [0, 5, 40])
+def test_more_components_than_the_rank_is_refused(k):
+    with pytest.raises(InputError, match="n_components"):
+        pca_basis(torch.randn(5, 100), k)
+
+
+def test_zero_variance_is_refused():
+    with pytest.raises(InputError, match="0 directions"):
+        pca_basis(torch.randn(100).expand(6, 100).clone(), 2)
+
+
+def test_repeated_snapshots_are_refused():
+    three = torch.randn(3, 100)
+    with pytest.raises(InputError, match="2 directions"):
+        pca_basis(three[[0, 1, 2, 0, 1, 2]].clone(), 3)
+
+
+def test_window_rows_are_parameters_in_order_and_model_starts_at_the_first(sampled):
+    model, other = models.get_model("resnet8", 10), models.get_model("resnet8", 10)
+    paths = snapshot_paths(sampled, range(1, 6, 2))
+    window = load_window(paths, model)
+    assert window.shape == (3, 75_290)
+    for row, path in zip(window, paths, strict=True):
+        other.load_state_dict(torch.load(path, weights_only=True))
+        assert torch.equal(row, flat_parameters(other))
+    first = torch.load(paths[0], weights_only=True)
+    assert all(torch.equal(value, first[name]) for name, value in model.state_dict().items())  # buffers included
+
+
+def test_official_snapshots_load(sampled, tmp_path):
+    """DataParallel's `module.` and torch.compile's `_orig_mod.` prefixes, and double precision, are understood."""
+    state = torch.load(sampled / "2.pt", weights_only=True)
+    model = models.get_model("resnet8", 10)
+    for i, prefix in enumerate(["module.", "_orig_mod.", "module._orig_mod."]):
+        torch.save({prefix + name: value for name, value in state.items()}, tmp_path / f"{i}.pt")
+    torch.save({n: v.double() if v.is_floating_point() else v for n, v in state.items()}, tmp_path / "3.pt")
+    window = load_window(snapshot_paths(tmp_path, range(4)), model)
+    assert all(torch.equal(row, window[0]) for row in window)
+    assert torch.equal(window[0], load_window([sampled / "2.pt"], model)[0])
+
+
+def test_flat_parameters_are_the_model():
+    """A step on w is a step of the model; a backward pass adds to w.grad; order as torch's own flattening."""
+    model = models.get_model("resnet8", 10)
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    w = flat_parameters(model)
+    assert torch.equal(w, before)
+    x, y = torch.randn(4, 3, 32, 32), torch.arange(4)
+    for _ in range(2):
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+    gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    assert torch.equal(w.grad, gradient) and w.grad.norm() > 0
+    assert all(p.grad.data_ptr() >= w.grad.data_ptr() for p in model.parameters())
+    w.add_(1)
+    assert torch.equal(torch.nn.utils.parameters_to_vector(model.parameters()), before + 1)
+    assert torch.equal(torch.cat([v.reshape(-1) for n, v in model.state_dict().items() if n in dict(
+        model.named_parameters())]), before + 1)
+
+
+def test_read_snapshot_names_what_is_wrong(sampled, tmp_path):
+    state = torch.load(sampled / "1.pt", weights_only=True)
+    model = models.get_model("resnet8", 10)
+    cases = {
+        "holds NaN": {**state, "bn1.weight": state["bn1.weight"] * float("nan")},
+        "no tensor 'linear.bias'": {name: value for name, value in state.items() if name != "linear.bias"},
+        r"linear.weight has shape \(9, 64\), the network \(10, 64\)": {**state, "linear.weight": torch.zeros(9, 64)},
+        "not a state dict": {"epoch": 3},
+    }
+    for message, bad in cases.items():
+        torch.save(bad, tmp_path / "bad.pt")
+        with pytest.raises(InputError, match=message):
+            read_snapshot(tmp_path / "bad.pt", model)

@@ -1,0 +1,74 @@
+"""The CIFAR ResNets against the published parameter counts, and the registry."""
+import pytest
+import torch
+
+import models
+from utils import InputError
+
+COUNTS = {  # parameters for 10 and for 100 classes
+    "resnet8": (75_290, 81_140), "resnet20": (269_722, 275_572), "resnet32": (464_154, 470_004),
+    "resnet44": (658_586, 664_436), "resnet56": (853_018, 858_868), "resnet110": (1_727_962, 1_733_812),
+    "resnet1202": (19_421_274, 19_427_124),
+}
+
+
+@pytest.mark.parametrize("arch", models.list_models())
+def test_parameter_counts(arch):
+    for classes, count in zip((10, 100), COUNTS[arch], strict=True):
+        with torch.device("meta"):
+            assert sum(p.numel() for p in models.get_model(arch, classes).parameters()) == count
+
+
+def test_shapes_strides_and_gradients():
+    model = models.get_model("resnet20", 100)
+    sizes = []
+    for stage in (model.layer1, model.layer2, model.layer3):
+        stage.register_forward_hook(lambda module, x, out: sizes.append(tuple(out.shape[1:])))
+    out = model(torch.randn(2, 3, 32, 32))
+    assert out.shape == (2, 100) and sizes == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    out.sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_shortcut_is_option_a():
+    """With the block's own branch silenced the block is its shortcut: every second pixel, zeros in the new channels."""
+    block = models.get_model("resnet8", 10).layer2[0]
+    torch.nn.init.zeros_(block.bn2.weight)
+    x = torch.rand(2, 16, 8, 8)
+    out = block(x)
+    assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
+    assert not out[:, :8].any() and not out[:, 24:].any()
+
+
+def test_weights_are_kaiming_normal():
+    torch.manual_seed(0)
+    model = models.get_model("resnet56", 10)
+    weight = model.layer3[4].conv2.weight
+    assert abs(weight.std().item() / (2 / (64 * 9)) ** 0.5 - 1) < 0.02
+    assert model.linear.weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.1)
+
+
+def test_unknown_names_list_close_ones():
+    with pytest.raises(InputError, match="resnet20"):
+        models.get_model("resnet21", 10)
+    with pytest.raises(InputError, match="resnet18"):
+        models.get_model("resnet_18", 10, "ImageNet")
+    with pytest.raises(InputError, match="pretrained"):
+        models.get_model("resnet20", 10, pretrained=True)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "googlenet", "inception_v3"])
+def test_imagenet_models_are_torchvisions_with_one_output(arch):
+    model = models.get_model(arch, 7, "ImageNet")
+    out = model.train()(torch.randn(2, 3, 299, 299) if arch == "inception_v3" else torch.randn(2, 3, 64, 64))
+    assert isinstance(out, torch.Tensor) and out.shape == (2, 7)
+
+
+def test_pretrained_needs_the_weights_own_classes():
+    with pytest.raises(InputError, match="1000 classes"):
+        models.get_model("resnet18", 10, "ImageNet", pretrained=True)
+
+
+def test_registry_lists_what_it_builds():
+    assert set(models.list_models("CIFAR100")) == set(COUNTS)
+    assert {"resnet18", "vit_b_16"} < set(models.list_models("ImageNet"))

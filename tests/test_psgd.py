@@ -1,0 +1,194 @@
+"""P-SGD: momentum SGD on theta, and at the same time SGD on w with the projected gradient."""
+
+import io
+
+import numpy as np
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import models
+import train_psgd
+import utils
+from subspace import ProjectedSGD, flat_parameters
+
+DOUBLE = torch.float64
+
+
+def mlp(w0, dtype=DOUBLE):
+    """The oracle's network in torch, at w0, and its flat parameters."""
+    model = nn.Sequential(
+        nn.Linear(oracle.FEATURES, oracle.HIDDEN), nn.Tanh(), nn.Linear(oracle.HIDDEN, oracle.CLASSES)
+    ).to(dtype)
+    w = flat_parameters(model)
+    w.copy_(torch.from_numpy(w0))
+    return model, w
+
+
+def tensors(batches, dtype=DOUBLE):
+    return [(torch.from_numpy(x).to(dtype), torch.from_numpy(y)) for x, y in batches]
+
+
+def train(model, w, step, batches, accumulate=1):
+    """One epoch, updating as train_psgd.py does; w after every iteration."""
+    history = []
+
+    def update(*_):
+        step()
+        history.append(w.clone())
+
+    utils.train_epoch(model, w, batches, update, accumulate=accumulate)
+    return history
+
+
+def set_lr(optimizer, lr):
+    """As utils.fit does at the start of an epoch."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_equals_momentum_sgd_on_theta(momentum):
+    """40 iterations, the lr falling to a tenth after half of them, with the velocity kept."""
+    w0, P, data = oracle.problem(40)
+    rates = [1.0] * 20 + [0.1] * 20
+    expected = oracle.psgd(w0, P, [oracle.mlp(*batch) for batch in data], lr=rates, momentum=momentum)
+    model, w = mlp(w0)
+    psgd = ProjectedSGD(w, torch.from_numpy(P), lr=1.0, momentum=momentum)
+    history = train(model, w, psgd.step, tensors(data[:20]))
+    set_lr(psgd.optimizer, 0.1)
+    history += train(model, w, psgd.step, tensors(data[20:]))
+    for w, w_expected in zip(history, expected, strict=True):
+        assert np.abs(w.numpy() - w_expected).max() < 1e-10
+    # the drop, and the momentum, are no small matter here
+    for other in ({"lr": 1.0, "momentum": momentum}, {"lr": rates, "momentum": 0.5}):
+        w_other = oracle.psgd(w0, P, [oracle.mlp(*batch) for batch in data], **other)[-1]
+        assert np.abs(w.numpy() - w_other).max() > 0.05
+
+
+def test_equals_sgd_on_all_parameters_with_the_projected_gradient():
+    """g <- P^T P g, then torch's SGD on w: how the paper writes it, and D instead of k numbers of momentum."""
+    w0, P, data = oracle.problem(40)
+    P, batches = torch.from_numpy(P), tensors(data)
+
+    model, w = mlp(w0)
+    psgd = ProjectedSGD(w, P)
+    history = train(model, w, psgd.step, batches[:20])
+    set_lr(psgd.optimizer, 0.1)
+    history += train(model, w, psgd.step, batches[20:])
+
+    model, w = mlp(w0)
+    optimizer = torch.optim.SGD([w], lr=1.0, momentum=0.9)
+
+    def project_and_step():
+        w.grad.copy_(P.T @ (P @ w.grad))
+        optimizer.step()
+
+    expected = train(model, w, project_and_step, batches[:20])
+    set_lr(optimizer, 0.1)
+    expected += train(model, w, project_and_step, batches[20:])
+    for w, w_expected in zip(history, expected, strict=True):
+        assert torch.allclose(w, w_expected, rtol=0, atol=1e-10)
+    assert np.abs(w.numpy() - w0).max() > 0.1
+
+
+def test_accumulation_averages_the_gradients_of_a_group():
+    """Groups of 3 of 11 mini-batches: w after each, the leftover group of 2 divided by 2."""
+    w0, P, data = oracle.problem(11)
+
+    def mean(group):
+        objectives = [oracle.mlp(*batch) for batch in group]
+        return lambda w: (None, np.mean([objective(w)[1] for objective in objectives], axis=0))
+
+    expected = oracle.psgd(w0, P, [mean(group) for group in oracle.groups(data, 3)])
+    model, w = mlp(w0)
+    history = train(model, w, ProjectedSGD(w, torch.from_numpy(P)).step, tensors(data), accumulate=3)
+    assert len(history) == 4
+    for w, w_expected in zip(history, expected, strict=True):
+        assert np.abs(w.numpy() - w_expected).max() < 1e-10
+
+
+def test_another_basis_of_the_same_span_gives_the_same_networks():
+    """Rows of P rotated: the same w after every iteration."""
+    w0, P, data = oracle.problem(30, seed=1)
+    runs = []
+    for basis in (P, oracle.rotation(len(P)) @ P):
+        model, w = mlp(w0)
+        runs.append(train(model, w, ProjectedSGD(w, torch.from_numpy(basis)).step, tensors(data)))
+    for w, w_rotated in zip(*runs, strict=True):
+        assert torch.allclose(w, w_rotated, rtol=0, atol=1e-8)
+    assert np.abs(w.numpy() - w0).max() > 0.1
+
+
+def test_a_network_in_float32_stays_in_the_subspace():
+    """w - w_start lies in span(P) but for one rounding of w (6e-8 |w|), however many steps were taken."""
+    torch.manual_seed(0)
+    model = models.get_model("resnet8", 10)
+    w = flat_parameters(model)
+    batches = [(torch.randn(16, 3, 32, 32), torch.randint(10, (16,))) for _ in range(5)]
+    gradients = []
+    for x, y in batches:
+        w.grad.zero_()
+        F.cross_entropy(model(x), y).backward()
+        gradients.append(w.grad.double())
+    P = torch.linalg.qr(torch.stack(gradients).T)[0].T.float().contiguous()
+    start = w.double()
+    train(model, w, ProjectedSGD(w, P, lr=0.1).step, batches + batches)
+    moved = w.double() - start
+    basis = torch.linalg.qr(P.double().T)[0].T
+    assert moved.norm() > 0.5
+    assert (moved - basis.T @ (basis @ moved)).norm() <= 1e-5 * moved.norm()
+
+
+@pytest.mark.parametrize("first", [0, 8])
+def test_the_state_continues_a_run_bitwise(first):
+    """`first` iterations, the state through a file, the rest by another object: as if uninterrupted, in float32."""
+    w0, P, data = oracle.problem(16)
+    P, batches = torch.from_numpy(P).float(), tensors(data, torch.float32)
+
+    def start(w0, lr=1.0):
+        model, w = mlp(w0, torch.float32)
+        return model, w, ProjectedSGD(w, P, lr=lr)
+
+    model, w, psgd = start(w0)
+    uninterrupted = train(model, w, psgd.step, batches)
+
+    model, w, psgd = start(w0)
+    if first:
+        train(model, w, psgd.step, batches[:first])
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "algorithm": psgd.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+
+    model, w, psgd = start(w0 + 1, lr=0.3)
+    train(model, w, psgd.step, batches[::-1][:5])  # a start, theta, velocity and lr of its own, which must be gone
+    model.load_state_dict(state["model"])
+    psgd.load_state_dict(state["algorithm"])
+    rest = train(model, w, psgd.step, batches[first:])
+    for w, w_whole in zip(rest, uninterrupted[first:], strict=True):
+        assert torch.equal(w, w_whole)
+
+
+def test_a_resumed_run_still_lowers_the_lr(tmp_path):
+    """train_psgd.py, 2 epochs, then --resume for a third with a lower lr: the network of 3 uninterrupted epochs."""
+    torch.manual_seed(0)
+    for i in range(3):
+        torch.save(models.get_model("resnet8", 10).state_dict(), tmp_path / f"{i}.pt")
+    common = [
+        "--datasets", "digits", "--arch", "resnet8", "--smalldatasets", "0.05", "--device", "cpu", "--batch-size", "16",
+        "--params_end", "3", "--n_components", "2", "--lr", "0.5", "--milestones", "2", "--save-dir", str(tmp_path),
+    ]  # fmt: skip
+
+    def run(name, *flags):
+        train_psgd.main(train_psgd.parse_args([*common, "--output-dir", str(tmp_path / name), *flags]))
+        return torch.load(tmp_path / name / "psgd_final.pt", weights_only=True)
+
+    whole = run("whole", "--epochs", "3")
+    half = run("half", "--epochs", "2")
+    resumed = run("half", "--epochs", "3", "--resume", str(tmp_path / "half" / "psgd_checkpoint.pt"))
+    assert not torch.equal(half["conv1.weight"], whole["conv1.weight"])
+    for name, values in whole.items():
+        assert torch.equal(resumed[name], values), name

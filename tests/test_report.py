@@ -1,0 +1,48 @@
+"""The table and figure, from real runs' files."""
+import json
+import shutil
+
+import pytest
+from conftest import digits_args
+
+import report
+import train_psgd
+from utils import InputError
+
+
+@pytest.fixture(scope="module")
+def runs(sampled, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("report")
+    for name in ("sgd_summary.json", "sgd_log.jsonl"):
+        shutil.copy(sampled / name, directory)
+    window = ["--params_end", "6", "--n_components", "3"]
+    argv = digits_args(sampled, "--output-dir", str(directory), *window, "--epochs", "2")
+    train_psgd.main(train_psgd.parse_args(argv))
+    return directory
+
+
+def test_table_and_figure(runs, tmp_path, capsys):
+    report.main(report.parse_args([str(runs), "--table", str(tmp_path / "t.md"), "--figure", str(tmp_path / "f.png")]))
+    text = (tmp_path / "t.md").read_text()
+    assert text in capsys.readouterr().out
+    header, rule, sgd, psgd = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert len(header) == len(rule) == len(sgd) == len(psgd)
+    summary = json.loads((runs / "psgd_summary.json").read_text())
+    assert sgd[1:3] == ["SGD", "75,290"] and psgd[1:4] == ["P-SGD", "3", "2"]
+    assert psgd[4] == f"{summary['test_accuracy_last']:.2f}"
+    assert psgd[5] == f"{summary['test_accuracy_best']:.2f} at {summary['best_epoch']}"
+    assert "30% of the samples" in psgd[0]
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_damaged_files_are_named(runs, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(runs, copy)
+    (copy / "psgd_log.jsonl").write_text("{")
+    with pytest.raises(InputError, match="psgd_log.jsonl"):
+        report.find_runs([copy])
+
+
+def test_unknown_figure_format_is_one_line(runs):
+    with pytest.raises(InputError, match="--figure"):
+        report.main(report.parse_args([str(runs), "--figure", "x.nothing"]))

@@ -1,0 +1,83 @@
+"""run.sh with a stand-in for python that notes its arguments: stages, their order, and how a failure ends it."""
+import os
+import shlex
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+import train_pbfgs
+import train_psgd
+import train_sgd
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """run(argv, fail=None, **environment) -> (status, the stages that were called, as lists of arguments)."""
+    calls = tmp_path / "calls"
+    stub = tmp_path / "python"
+    stub.write_text(
+        '#!/bin/bash\n[[ $1 == -c ]] && exit 0\n'
+        f'echo "${{@:2}}" >> {shlex.quote(str(calls))}\n'
+        '[[ $2 == "$FAIL" ]] && exit 7\nexit 0\n'
+    )
+    stub.chmod(0o755)
+
+    def run(*argv, fail="none", **environment):
+        calls.unlink(missing_ok=True)
+        env = {**os.environ, "PYTHON": str(stub), "SAVE_ROOT": str(tmp_path / "runs"), "FAIL": fail, **environment}
+        done = subprocess.run([ROOT / "run.sh", *argv], env=env, capture_output=True, text=True)
+        return done.returncode, [line.split() for line in calls.read_text().splitlines()] if calls.exists() else []
+
+    return run
+
+
+def test_syntax():
+    assert subprocess.run(["bash", "-n", ROOT / "run.sh"]).returncode == 0
+
+
+def test_demo_is_the_published_one(shell, tmp_path):
+    status, (sgd, pbfgs, psgd, report) = shell(CORRUPT="0.2")
+    assert status == 0 and [call[0] for call in (sgd, pbfgs, psgd, report)] == [
+        "train_sgd.py", "train_pbfgs.py", "train_psgd.py", "report.py"]
+    args = train_sgd.parse_args(sgd[1:])
+    assert (args.epochs, args.lr, args.corrupt, args.arch, args.datasets) == (150, 0.1, 0.2, "resnet20", "CIFAR10")
+    assert args.save_dir == str(tmp_path / "runs" / "save_labelnoise0.2_resnet20")
+    args = train_pbfgs.parse_args(pbfgs[1:])
+    assert (args.epochs, args.batch_size, args.n_components) == (20, 1024, 40)
+    assert (args.params_start, args.params_end) == (0, 81)
+    args = train_psgd.parse_args(psgd[1:])
+    assert (args.epochs, args.batch_size, args.lr, args.params_end, args.corrupt) == (40, 128, 1, 81, 0.2)
+
+
+def test_demo_loops_over_models_and_knows_cifar100(shell):
+    status, calls = shell(DATASETS="CIFAR100", MODELS="resnet20 resnet32")
+    assert status == 0 and len(calls) == 8
+    archs = [train_sgd.parse_args(call[1:]) for call in calls[::4]]
+    assert [(a.arch, a.epochs, a.milestones) for a in archs] == [("resnet20", 200, [150]), ("resnet32", 200, [150])]
+    assert train_psgd.parse_args(calls[2][1:]).params_end == 101
+
+
+def test_quick_is_digits_in_15_dimensions(shell):
+    status, calls = shell("quick")
+    scripts = [call[0] for call in calls]
+    assert status == 0 and scripts == ["train_sgd.py", "train_pbfgs.py", "train_psgd.py", "report.py"]
+    for script, call in zip((train_pbfgs, train_psgd), calls[1:3], strict=True):
+        args = script.parse_args(call[1:])
+        assert (args.datasets, args.arch, args.n_components) == ("digits", "resnet8", 15)
+
+
+@pytest.mark.parametrize("stage, before", [("train_sgd.py", 0), ("train_pbfgs.py", 1), ("report.py", 3)])
+def test_a_failing_stage_stops_the_script_with_its_status(shell, stage, before):
+    """Through `tee`: without pipefail the status would be tee's, 0, and the next stages would run."""
+    status, calls = shell("quick", fail=stage)
+    assert status == 7 and len(calls) == before + 1 and calls[-1][0] == stage
+
+
+def test_unknown_command_is_usage(shell):
+    status, calls = shell("fast")
+    assert status == 2 and not calls
+
+
+def test_test_passes_arguments_to_pytest(shell):
+    assert shell("test", "-k", "basis") == (0, [["pytest", "-k", "basis"]])

@@ -1,0 +1,222 @@
+"""The three scripts end to end on real digits, through main(parse_args([...])): files, numbers, resume, evaluation."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, digits_args
+
+import models
+import train_pbfgs
+import train_psgd
+import train_sgd
+import utils
+
+SUMMARY_KEYS = """method dataset arch seed corrupt parameters parameters_trained n_components snapshots epochs
+test_accuracy_last test_accuracy_best best_epoch train_accuracy_last explained_variance seconds args versions hardware
+git_revision finished""".split()
+LOG_KEYS = """epoch lr train_loss train_accuracy test_loss test_accuracy best_accuracy best_epoch seconds
+samples_per_second""".split()
+SEARCH_KEYS = ["trials_per_step", "first_trial_accepted", "failed_searches", "skipped_updates"]
+WINDOW = ["--params_end", "6", "--n_components", "4"]
+
+
+def run(script, *argv):
+    return script.main(script.parse_args(list(argv)))
+
+
+def log_of(directory, method):
+    return [json.loads(line) for line in (directory / f"{method}_log.jsonl").read_text().splitlines()]
+
+
+def test_sgd_writes_snapshots_log_and_summary(sampled):
+    assert sorted(p.name for p in sampled.glob("[0-9]*.pt")) == [f"{i}.pt" for i in range(6)]
+    summary = json.loads((sampled / "sgd_summary.json").read_text())
+    assert not set(SUMMARY_KEYS) - set(summary)
+    assert summary["parameters"] == summary["parameters_trained"] == 75_290
+    assert summary["n_components"] is None and summary["explained_variance"] is None and summary["snapshots"] == 6
+    assert set(summary["seconds"]) == {"load", "basis", "train", "eval", "total"}
+    lines = log_of(sampled, "sgd")
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5] and set(lines[0]) == set(LOG_KEYS)
+    best = max(lines, key=lambda line: line["test_accuracy"])
+    assert summary["test_accuracy_best"] == best["test_accuracy"] == lines[-1]["best_accuracy"]
+    assert summary["best_epoch"] == best["epoch"] and summary["test_accuracy_last"] == lines[-1]["test_accuracy"]
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    final, last = (torch.load(sampled / name, weights_only=True) for name in ("sgd_final.pt", "5.pt"))
+    assert all(torch.equal(final[name], last[name]) for name in last) and set(final) == set(last)
+    assert json.loads((sampled / "sgd_args.json").read_text())["args"]["lr"] == 0.05
+    # nothing else, and no temporary file left behind
+    assert {p.name for p in sampled.iterdir() if not p.stem.isdigit()} == {
+        "sgd_args.json", "sgd_log.jsonl", "sgd_checkpoint.pt", "sgd_final.pt", "sgd_summary.json"}
+
+
+@pytest.mark.parametrize("script, method", [(train_psgd, "psgd"), (train_pbfgs, "pbfgs")])
+def test_subspace_scripts(sampled, tmp_path, script, method, capsys):
+    summary = run(script, *digits_args(sampled, "--output-dir", str(tmp_path), *WINDOW, "--epochs", "3"))
+    out = capsys.readouterr().out
+    assert not set(SUMMARY_KEYS) - set(summary) and summary["parameters_trained"] == summary["n_components"] == 4
+    assert summary["snapshots"] == 6 and 0.9 < summary["explained_variance"]["total"] <= 1
+    assert len(summary["explained_variance"]["per_component"]) == 4
+    lines = log_of(tmp_path, method)
+    assert set(lines[0]) == set(LOG_KEYS + (SEARCH_KEYS if method == "pbfgs" else []))
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    assert out.index("basis: 4 components of 6 snapshots explain") < out.index("epoch    1/3")
+    (line,) = [line for line in out.splitlines() if line.startswith("summary ")]
+    assert f"method={method}" in line and f"test_accuracy_last={summary['test_accuracy_last']:.2f}"[:-1] in line
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"{method}_{name}" for name in ("args.json", "log.jsonl", "checkpoint.pt", "final.pt", "summary.json")}
+    # the final network lies in w_start + span of the window's differences
+    names = [name for name, _ in models.get_model("resnet8", 10).named_parameters()]
+
+    def vector(path):
+        state = torch.load(path, weights_only=True)
+        return torch.cat([state[name].double().reshape(-1) for name in names])
+
+    start = vector(sampled / "0.pt")
+    basis = torch.linalg.qr(torch.stack([vector(sampled / f"{i}.pt") - start for i in range(1, 6)]).T)[0]
+    move = vector(tmp_path / f"{method}_final.pt") - start
+    assert (move - basis @ (basis.T @ move)).norm() <= 1e-5 * start.norm() < move.norm()
+
+
+def test_params_start_and_step_choose_the_window_and_the_start(sampled, tmp_path):
+    window = ["--params_start", "1", "--params_end", "6", "--params_step", "2", "--n_components", "2"]
+    summary = run(train_psgd, *digits_args(sampled, "--output-dir", str(tmp_path), *window, "--epochs", "0"))
+    assert summary["snapshots"] == 3 and summary["test_accuracy_last"] is None
+    final, first = (torch.load(path, weights_only=True) for path in (tmp_path / "psgd_final.pt", sampled / "1.pt"))
+    assert all(torch.equal(final[name], first[name]) for name in first)  # batch-norm statistics too
+
+
+def test_same_seed_same_result_and_another_seed_another(tmp_path):
+    def final(name, *more):
+        run(train_sgd, *digits_args(tmp_path / name, "--epochs", "1", "--deterministic", *more))
+        return torch.load(tmp_path / name / "1.pt", weights_only=True)
+
+    a, b, c = final("a"), final("b"), final("c", "--randomseed", "2")
+    torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["conv1.weight"], c["conv1.weight"])
+
+
+@pytest.mark.parametrize("script, method, more", [
+    (train_sgd, "sgd", []), (train_sgd, "sgd", ["--optimizer", "adam", "--accumulate", "2"]),
+    (train_psgd, "psgd", WINDOW), (train_pbfgs, "pbfgs", WINDOW),
+    (train_pbfgs, "pbfgs", [*WINDOW, "--alpha", "0.01", "--accumulate", "2"]),
+])
+def test_resume_ends_where_an_uninterrupted_run_does(sampled, tmp_path, script, method, more):
+    """Bitwise the same network and log: optimiser, B, g, s, residual momentum, order and augmentation all go on."""
+    def flags(name, epochs):
+        save = tmp_path / name if method == "sgd" else sampled
+        output = [] if method == "sgd" else ["--output-dir", str(tmp_path / name)]
+        return digits_args(save, *output, *more, "--epochs", str(epochs))
+
+    whole = run(script, *flags("whole", 3))
+    run(script, *flags("cut", 2))
+    resumed = run(script, *flags("cut", 3), "--resume", str(tmp_path / "cut" / f"{method}_checkpoint.pt"))
+    states = [torch.load(tmp_path / name / f"{method}_final.pt", weights_only=True) for name in ("whole", "cut")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    timed = {"seconds", "samples_per_second"}
+    logs = [[{k: v for k, v in line.items() if k not in timed} for line in log_of(tmp_path / name, method)]
+            for name in ("whole", "cut")]
+    assert logs[0] == logs[1] and len(logs[0]) == 3
+    assert whole["test_accuracy_best"] == resumed["test_accuracy_best"]
+
+
+def test_resume_refuses_another_experiment(sampled, tmp_path):
+    checkpoint = str(sampled / "sgd_checkpoint.pt")
+    with pytest.raises(utils.InputError, match="lr 0.05 -> 0.3"):
+        run(train_sgd, *digits_args(tmp_path, "--epochs", "6", "--lr", "0.3", "--resume", checkpoint))
+    with pytest.raises(utils.InputError, match="not a checkpoint of this script"):
+        run(train_psgd, *digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path), "--resume", checkpoint))
+    with pytest.raises(utils.InputError, match="no checkpoint"):
+        run(train_sgd, *digits_args(tmp_path, "--resume", str(tmp_path / "none.pt")))
+
+
+def test_evaluate_reads_the_final_network_and_writes_nothing(sampled, capsys):
+    before = {path: path.stat().st_mtime_ns for path in sampled.iterdir()}
+    test = run(train_sgd, *digits_args(sampled, "--evaluate"))
+    assert test["accuracy"] == log_of(sampled, "sgd")[-1]["test_accuracy"]
+    assert "test accuracy" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in sampled.iterdir()}
+    by_checkpoint = run(train_sgd, *digits_args(sampled, "--evaluate", "--resume", str(sampled / "sgd_checkpoint.pt")))
+    assert by_checkpoint == test
+
+
+@pytest.mark.parametrize("script, method", [(train_sgd, "sgd"), (train_psgd, "psgd"), (train_pbfgs, "pbfgs")])
+def test_half_trains(sampled, tmp_path, script, method):
+    """--half changes the rounding of the network's passes, not the kind of any stored value."""
+    save = tmp_path if method == "sgd" else sampled
+    more = [] if method == "sgd" else [*WINDOW, "--output-dir", str(tmp_path)]
+    run(script, *digits_args(save, *more, "--epochs", "2", "--half"))
+    lines = log_of(tmp_path, method)
+    assert lines[1]["train_loss"] < lines[0]["train_loss"]
+    state = torch.load(tmp_path / f"{method}_final.pt", weights_only=True)
+    assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
+
+
+def test_schedules():
+    lr = utils.multistep(0.1, [100, 150])
+    assert [lr(e) for e in (0, 99, 100, 149, 150)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
+    warm = utils.multistep(0.1, [100], warm_up=True)
+    assert [warm(e) for e in (0, 1, 100)] == pytest.approx([0.01, 0.1, 0.01])
+    assert train_sgd.parse_args(["--optimizer", "adam"]).lr == 0.001
+    assert train_sgd.parse_args(["--datasets", "CIFAR100"]).milestones == [150]
+    assert train_sgd.parse_args([]).milestones == [100, 150]
+    assert train_psgd.parse_args([]).milestones == [30, 50]
+
+
+def test_start_epoch_numbers_epochs_and_snapshots(tmp_path):
+    run(train_sgd, *digits_args(tmp_path, "--start-epoch", "3", "--epochs", "4"))
+    assert sorted(p.name for p in tmp_path.glob("[0-9]*.pt")) == ["3.pt", "4.pt"]
+    assert [line["epoch"] for line in log_of(tmp_path, "sgd")] == [4]
+
+
+@pytest.mark.parametrize("script", ["train_sgd.py", "train_psgd.py", "train_pbfgs.py", "report.py"])
+def test_help_needs_nothing_and_importing_does_nothing(script, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "example" in done.stdout.lower() and not done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_official_commands_parse():
+    """The published command lines, flag for flag."""
+    base = "--datasets CIFAR10 --corrupt 0.2 --arch=resnet20 --save-dir=save_labelnoise0.2_resnet20".split()
+    sgd = train_sgd.parse_args([*base, "--lr", "0.1", "--epochs=150"])
+    assert (sgd.batch_size, sgd.momentum, sgd.weight_decay, sgd.randomseed) == (128, 0.9, 1e-4, 1)
+    window = "--params_start 0 --params_end 81 --n_components 40".split()
+    pbfgs = train_pbfgs.parse_args([*base, *window, *"--epochs 20 --batch-size 1024".split()])
+    assert (pbfgs.lr, pbfgs.alpha, pbfgs.gamma, pbfgs.accumulate) == (1, 0, 0.9, 1)
+    psgd = train_psgd.parse_args([*base, *window, *"--epochs 40 --lr 1 --batch-size 128".split()])
+    assert (psgd.momentum, psgd.output_dir) == (0.9, None)
+    short = train_sgd.parse_args("-a resnet20 -j 2 -b 64 -p 10 --wd 5e-4 --start-epoch 1 --resume x -e --half".split())
+    assert (short.arch, short.workers, short.batch_size, short.print_freq) == ("resnet20", 2, 64, 10)
+    assert short.weight_decay == 5e-4 and short.evaluate and short.half
+
+
+@pytest.mark.gpu
+def test_cuda_and_cpu_see_the_same_run(sampled, tmp_path):
+    """Same initial weights, batches and augmentation: after one epoch at a small lr the networks agree to rounding."""
+    states = []
+    for device in ("cpu", "cuda"):
+        argv = digits_args(tmp_path / device, "--epochs", "1", "--lr", "0.001", "--deterministic")
+        run(train_sgd, *argv, "--device", device)
+        states.append([torch.load(tmp_path / device / f"{i}.pt", weights_only=True) for i in (0, 1)])
+    (cpu0, cpu1), (gpu0, gpu1) = states
+    torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(cpu0[name], gpu0[name]) for name in cpu0)
+    for name in cpu1:
+        torch.testing.assert_close(cpu1[name], gpu1[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("script, method", [(train_psgd, "psgd"), (train_pbfgs, "pbfgs")])
+def test_subspace_scripts_on_cuda(sampled, tmp_path, script, method):
+    """The basis explains the same shares as on the CPU, and training in it goes down."""
+    results = {}
+    for device in ("cpu", "cuda"):
+        argv = digits_args(sampled, "--output-dir", str(tmp_path / device), *WINDOW, "--epochs", "2")
+        results[device] = run(script, *argv, "--device", device)
+        lines = log_of(tmp_path / device, method)
+        assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    shares = [results[device]["explained_variance"]["per_component"] for device in ("cpu", "cuda")]
+    assert shares[0] == pytest.approx(shares[1], rel=1e-4)
