@@ -18,7 +18,7 @@ STYLES = {"sgd": ("SGD", "#000000"), "pbfgs": ("P-BFGS", "#0072B2"), "psgd": ("P
 
 def parse_args(argv=None):
     description, example = __doc__.strip().split("\n\nExample", 1)
-    parser = argparse.ArgumentParser(
+    parser = utils.Parser(
         description=description, epilog="example" + example, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directories", nargs="+", metavar="DIR", help="run directories, searched with all below them")
@@ -50,6 +50,11 @@ def label(run):
     return "Adam" if run["args"].get("optimizer") == "adam" else STYLES[run["method"]][0]
 
 
+def percent(value):
+    """An accuracy with two digits; a dash for a run of no epochs."""
+    return "-" if value is None else f"{value:.2f}"
+
+
 def table(runs):
     """A Markdown table, one row per run; the first column names data set, network, label noise and seed."""
     rows = [
@@ -64,8 +69,8 @@ def table(runs):
         seconds = run["seconds"]
         rows.append(
             f"| {run['dataset']}, {run['arch']}{noise}{part}, seed {run['seed']} | {label(run)} "
-            f"| {run['parameters_trained']:,} | {run['epochs']} | {run['test_accuracy_last']:.2f} "
-            f"| {run['test_accuracy_best']:.2f} at {run['best_epoch']} | {run['train_accuracy_last']:.2f} "
+            f"| {run['parameters_trained']:,} | {run['epochs']} | {percent(run['test_accuracy_last'])} "
+            f"| {percent(run['test_accuracy_best'])} at {run['best_epoch']} | {percent(run['train_accuracy_last'])} "
             f"| {seconds['train']:.1f} + {seconds['eval']:.1f} + {seconds['basis']:.1f} |"
         )
     return "\n".join(rows) + "\n"

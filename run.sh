@@ -5,22 +5,25 @@
 # ./run.sh test     the test suite; further arguments go to pytest
 # ./run.sh lint     ruff
 # Each uses the active python where it has the packages, else a .venv made from requirements.txt here.
+# Relative paths in the environment variables are relative to this directory.
 # A stage that fails stops the script with that stage's exit status.
 set -euo pipefail
+python3=$(type -P "${PYTHON:-python3}") || { echo "run.sh: error: there is no ${PYTHON:-python3}; set PYTHON" >&2; exit 1; }
+python3=$(realpath --no-symlinks "$python3")
 cd "$(dirname "$0")"
 
 # set $python to an interpreter that can import the modules $2, installing the requirements file $1 if there is none
 environment() {
     local requirements=$1 modules=$2
-    for python in "${PYTHON:-python3}" .venv/bin/python; do
-        if "$python" -c "import $modules" 2>/dev/null; then return; fi
+    for python in "$python3" .venv/bin/python; do
+        if "$python" -c "from datetime import UTC; import $modules" 2>/dev/null; then return; fi
     done
-    if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    if ! "$python3" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         echo "run.sh: error: Python 3.11 or later is needed; set PYTHON to one" >&2
         exit 1
     fi
     echo "run.sh: installing $requirements into .venv (once; the CUDA build of torch is about 5 GB)"
-    "${PYTHON:-python3}" -m venv .venv
+    "$python3" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
 }
 
@@ -67,5 +70,5 @@ case ${1:-demo} in
     quick) environment requirements.txt "$runtime"; quick ;;
     test) environment requirements-dev.txt "$runtime, pytest"; exec "$python" -m pytest "${@:2}" ;;
     lint) environment requirements-dev.txt "ruff"; exec "$python" -m ruff check . ;;
-    *) sed -n '2,/^# A stage/s/^# //p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,/^# A stage/s/^# *//p' "$0" >&2; exit 2 ;;
 esac

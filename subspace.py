@@ -17,6 +17,7 @@ line search needs its numbers anyway.
 """
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -73,15 +74,17 @@ def read_snapshot(path: Path, model: nn.Module) -> dict[str, Tensor]:
         raise InputError(f"snapshot {path} cannot be read: {reason[:200]}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"snapshot {path} is not a state dict of tensors")
-    for prefix in ("module.", "_orig_mod."):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    for name, expected in model.state_dict().items():
-        if name not in state:
-            raise InputError(f"snapshot {path} has no tensor {name!r}: another --arch?")
-        if state[name].shape != expected.shape:
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in state.items()}
+    expected = model.state_dict()
+    if state.keys() != expected.keys():
+        name = min(state.keys() ^ expected.keys())
+        there, here = (tuple(d[name].shape) if name in d else "missing" for d in (state, expected))
+        raise InputError(f"snapshot {path} is of another --arch: {name} is {there}, in the network {here}")
+    for name in expected:
+        if state[name].shape != expected[name].shape:
+            there, here = tuple(state[name].shape), tuple(expected[name].shape)
             raise InputError(
-                f"snapshot {path}: {name} has shape {tuple(state[name].shape)}, the network {tuple(expected.shape)}: "
-                "another --arch or number of classes?"
+                f"snapshot {path} is of another --arch or number of classes: {name} is {there}, the network's {here}"
             )
         if not torch.isfinite(state[name]).all():
             raise InputError(f"snapshot {path}: {name} holds NaN or infinite values")
@@ -105,11 +108,12 @@ def load_window(paths: list[Path], model: nn.Module, device: torch.device | str 
     return window
 
 
-def pca_basis(window: Tensor, k: int, chunk_bytes: int = 2**27) -> tuple[Tensor, list[float]]:
+def pca_basis(window: Tensor, k: int, chunk_bytes: int = 2**23) -> tuple[Tensor, list[float]]:
     """First k principal directions of the rows of `window` (n, D), exactly: P (k, D) with orthonormal rows.
 
     Returns P and the share of the total variance that each of its rows explains (k floats, descending; the sum over
-    all n - 1 components would be 1). `window` is used up: P is its memory, so that nothing as large is needed beside.
+    all n - 1 components would be 1). `window`, which must own its memory, is used up: it becomes P, so that nothing as
+    large is needed beside it. Each row's sign is such that its largest coefficient in the snapshots is positive.
 
     P holds the first k right singular vectors of the centred window, by way of the n x n Gram matrix of differences
     to the first row, accumulated and decomposed in float64 in column chunks of `chunk_bytes`; the same matrix in
@@ -135,12 +139,13 @@ def pca_basis(window: Tensor, k: int, chunk_bytes: int = 2**27) -> tuple[Tensor,
             f"the {n} snapshots of the window differ in {rank} directions only, --n_components asks for {k}: "
             "are snapshots repeated, or did training not move?"
         )
+    U = U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
     coefficients = (centre @ U / variance[:k].sqrt()).T.to(window.device)  # (k, n): P = coefficients @ window
     for part in window.split(columns, dim=1):
         part[:k] = coefficients @ part.double()
-    P = window[:k]
-    window.untyped_storage().resize_(P.numel() * P.element_size())  # hand back the n - k rows that P does not use
-    return P, (variance[:k] / variance.sum()).tolist()
+    storage = window.untyped_storage()
+    storage.resize_(k * D * window.element_size())  # hand back the rows that P does not need
+    return window.set_(storage, 0, (k, D), (D, 1)), (variance[:k] / variance.sum()).tolist()
 
 
 # ------------------------------------------------------------------------------------------------- projected SGD

@@ -24,17 +24,17 @@ def parse_args(argv=None):
 
 
 def main(args):
-    paths = snapshot_paths(args.save_dir, utils.window_indices(args))
+    paths = [] if args.evaluate else snapshot_paths(args.save_dir, utils.window_indices(args))
     run = utils.Run("psgd", args)
     device = utils.set_up(args)
     with run.timer("load"):
         data = datasets.load(args.datasets, args.data, batch_size=args.batch_size, device=device, seed=args.randomseed,
                              corrupt=args.corrupt, part=args.smalldatasets, workers=args.workers)
         model = models.get_model(args.arch, data.classes, args.datasets).to(device)
+        if args.evaluate:
+            return utils.evaluate_saved(run, model, data)
         window = load_window(paths, model, device)
         w = flat_parameters(model)
-    if args.evaluate:
-        return utils.evaluate_saved(run, model, data)
     with run.timer("basis"):
         P, explained = pca_basis(window, args.n_components)
     run.begin(data, w, snapshots=len(paths), explained=explained)

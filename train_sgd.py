@@ -13,12 +13,18 @@ import models
 import utils
 from subspace import flat_parameters
 
-MILESTONES = {"CIFAR100": [150], "ImageNet": [30, 60]}  # elsewhere [100, 150]
+# what is trained how, unless a flag says otherwise
+DEFAULTS = {"epochs": 200, "batch_size": 128, "milestones": [100, 150], "samples_per_epoch": 1}
+RECIPES = {"CIFAR100": {"milestones": [150]},
+           "ImageNet": {"epochs": 90, "batch_size": 256, "milestones": [30, 60], "samples_per_epoch": 6}}
 
 
 def parse_args(argv=None):
-    parser, train = utils.base_parser(__doc__, epochs=200, batch_size=128, lr=None,
-                                      lr_help="learning rate (default: 0.1 for sgd, 0.001 for adam)")
+    parser, train = utils.base_parser(
+        __doc__, epochs=None, epochs_help="epochs in all (default: 200; ImageNet 90)", batch_size=None,
+        batch_help="samples per mini-batch (default: 128; ImageNet 256)", lr=None,
+        lr_help="learning rate (default: 0.1 for sgd, 0.001 for adam)",
+    )
     train.add_argument("--optimizer", choices=("sgd", "adam"), default="sgd", help="optimiser")
     train.add_argument("--momentum", type=utils.nonnegative, default=0.9, metavar="M", help="momentum of sgd")
     train.add_argument("--wd", "--weight-decay", dest="weight_decay", type=utils.nonnegative, default=1e-4, metavar="W",
@@ -32,10 +38,11 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.lr is None:
         args.lr = {"sgd": 0.1, "adam": 0.001}[args.optimizer]
-    if args.milestones is None:
-        args.milestones = MILESTONES.get(args.datasets, [100, 150])
-    if args.samples_per_epoch is None:
-        args.samples_per_epoch = 6 if args.datasets == "ImageNet" else 1
+    for name, value in {**DEFAULTS, **RECIPES.get(args.datasets, {})}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.pretrained and args.datasets != "ImageNet":
+        parser.error(f"--pretrained: there are no weights for --datasets {args.datasets}, only for ImageNet")
     return utils.check_args(parser, args)
 
 
@@ -56,12 +63,12 @@ def main(args):
         data = datasets.load(args.datasets, args.data, batch_size=args.batch_size, device=device, seed=args.randomseed,
                              corrupt=args.corrupt, part=args.smalldatasets, workers=args.workers)
         model = models.get_model(args.arch, data.classes, args.datasets, args.pretrained).to(device)
+        if args.evaluate:
+            return utils.evaluate_saved(run, model, data)
         w = flat_parameters(model)
-    if args.evaluate:
-        return utils.evaluate_saved(run, model, data)
 
     due = sampling_iterations(len(data.train), args.samples_per_epoch)
-    run.begin(data, w, snapshots=1 + args.epochs * len(due))
+    run.begin(data, w, snapshots=1 + max(0, args.epochs - args.start_epoch) * len(due))
     if args.optimizer == "sgd":
         optimizer = torch.optim.SGD([w], lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     else:

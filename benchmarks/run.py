@@ -111,10 +111,10 @@ def pbfgs(args, device):
     def forward_backward():
         F.cross_entropy(model(x), y).backward()
 
-    @torch.no_grad()
     def forwards(count):
-        for _ in range(count):
-            trial_loss()
+        with frozen_statistics(model), torch.no_grad():
+            for _ in range(count):
+                trial_loss()
 
     rows = []
     for _ in range(args.runs + 2):  # the first two are the warm-up: the first BFGS update comes in the second
@@ -130,6 +130,7 @@ def pbfgs(args, device):
 
 def main(args):
     device = utils.pick_device(args.device)
+    utils.keep_freed_memory()
     result = {"command": utils.command_line(), "basis": basis(args, device), "pbfgs": pbfgs(args, device),
               "versions": utils.versions(), "hardware": utils.hardware(device), "git_revision": utils.git_revision()}
     b, p = result["basis"], result["pbfgs"]

@@ -4,7 +4,10 @@ The small image sets live on the device as uint8 and are augmented there (`Image
 DataLoader workers (`imagenet.py`). In both, order and augmentation are functions of (seed, epoch) alone and are drawn
 on the CPU, so every device, batch size and stage sees the same stream for a seed.
 """
+import contextlib
 import difflib
+import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from utils import InputError
+
+# on a CPU activations of 128 images stay in the cache (20% faster than 1000); a GPU wants to be filled
+EVALUATION_BATCH = {"cpu": 128, "cuda": 2000}
 
 
 class Source(NamedTuple):
@@ -57,7 +63,8 @@ def load(name, root, *, batch_size, device, seed, corrupt=0.0, part=None, worker
     y_train = noisy_labels(y_train[:keep], corrupt, source.classes, seed)
     train = ImageBatches(x_train[:keep], y_train, source, batch_size, device, seed=seed, shuffle=True,
                          augment=True)
-    return Data(source.classes, train, ImageBatches(x_test, y_test, source, 500, device))
+    test = ImageBatches(x_test, y_test, source, EVALUATION_BATCH[torch.device(device).type], device)
+    return Data(source.classes, train, test)
 
 
 def kept_samples(n, part):
@@ -179,9 +186,11 @@ def download(name, root, hint):
     """torchvision's training and test split of `name` under `root`, downloaded with checksums if need be."""
     import torchvision.datasets as tv_datasets
 
+    quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
-        return [getattr(tv_datasets, name)(root, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        with quiet:  # a progress bar on a terminal only
+            return [getattr(tv_datasets, name)(root, train=train, download=True) for train in (True, False)]
+    except Exception as error:  # no network, a full disk, damaged files: torchvision has a type of its own for each
         raise InputError(f"--data {root}: {name} is not there and could not be downloaded ({error}); {hint}") from error
 
 

@@ -50,7 +50,7 @@ class Folder(tv_datasets.ImageFolder):
     def __getitem__(self, key):
         index, draw = key
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(draw)
+            torch.default_generator.manual_seed(draw)  # the CPU's only: a CUDA generator may be drawing dropout
             return super().__getitem__(index)
 
 

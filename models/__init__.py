@@ -42,15 +42,17 @@ def get_model(arch, num_classes, dataset="CIFAR10", pretrained=False):
 
     import torchvision.models as tv_models
 
-    # auxiliary heads would turn the training output into a tuple; the method has one loss
-    options = {"aux_logits": False} if arch in ("googlenet", "inception_v3") else {}
+    two_heads = arch in ("googlenet", "inception_v3")
     if not pretrained:
-        if options:
-            options["init_weights"] = True  # torchvision's own default, said aloud to silence its warning
+        # auxiliary heads would turn the training output into a tuple, and the method has one loss; init_weights is
+        # torchvision's own default, said aloud to silence its warning
+        options = {"aux_logits": False, "init_weights": True} if two_heads else {}
         return tv_models.get_model(arch, weights=None, num_classes=num_classes, **options)
+    if two_heads:
+        raise InputError(f"--pretrained: the weights of {arch} want another normalisation of the images; not supported")
     if num_classes != 1000:
         raise InputError(f"--pretrained: torchvision's weights have 1000 classes, --data has {num_classes}")
     try:
-        return tv_models.get_model(arch, weights="DEFAULT", **options)
+        return tv_models.get_model(arch, weights="DEFAULT")
     except OSError as error:
         raise InputError(f"--pretrained: the weights of {arch} could not be downloaded ({error})") from error

@@ -19,9 +19,11 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def plain_argv(monkeypatch):
-    """Runs record their command line; pytest's own does not belong in it."""
+def isolated(monkeypatch):
+    """Runs record their command line, and pytest's own does not belong in it; --deterministic ends with the test."""
     monkeypatch.setattr(sys, "argv", ["test"])
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def digits_args(directory, *more):

@@ -1,5 +1,6 @@
 """Bad input: one clear line, exit status 2 for wrong usage and 1 for the rest, nothing saved before is lost."""
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -8,9 +9,12 @@ import pytest
 import torch
 from conftest import ROOT, digits_args
 
+import models
 import train_pbfgs
 import train_psgd
 import train_sgd
+import utils
+from subspace import read_snapshot
 from utils import InputError
 
 WINDOW = ["--params_end", "6", "--n_components", "4"]
@@ -31,13 +35,15 @@ WINDOW = ["--params_end", "6", "--n_components", "4"]
     (train_sgd, "--device tpu", "--device tpu: not one of auto, cpu, cuda, cuda:N"),
     (train_sgd, "--device cuda:99", "--device cuda:99"),
     (train_sgd, "--smalldatasets 0", "--smalldatasets 0"),
+    (train_sgd, "--randomseed 5000000000", "--randomseed: 5000000000 is not"),
+    (train_sgd, "--pretrained", "--pretrained: there are no weights for --datasets CIFAR10"),
     (train_psgd, "--wd 1e-4", "--wd"),  # an official flag that did nothing there, so it is not here
 ])
 def test_wrong_usage_exits_with_status_2(script, flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         script.parse_args(flags.split())
     assert stop.value.code == 2
-    *usage, line = capsys.readouterr().err.strip().splitlines()
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line and " error: " in line
 
 
@@ -109,15 +115,22 @@ def test_no_loader_unpickles_freely():
         assert "pickle.load" not in text
 
 
+def save_resnet20(directory):
+    torch.save(models.get_model("resnet20", 10).state_dict(), directory / "large.pt")
+    return directory / "large.pt"
+
+
 def test_snapshots_of_another_network_show_both_shapes(sampled, tmp_path):
     other = digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path))
     other[other.index("resnet8")] = "resnet20"
-    with pytest.raises(InputError, match=r"5\.pt has no tensor 'layer1\.1\.conv1\.weight'"):
+    with pytest.raises(InputError, match=r"5\.pt is of another --arch: layer1\.1\.\S+ is missing, in the network \("):
         train_psgd.main(train_psgd.parse_args(other))
+    with pytest.raises(InputError, match=r"another --arch: layer1\.1\.\S+ is \(16,.*\), in the network missing"):
+        read_snapshot(save_resnet20(tmp_path), models.get_model("resnet8", 10))  # its tensors include resnet8's
     directory = copy_snapshots(sampled, tmp_path / "classes")
     state = torch.load(directory / "2.pt", weights_only=True)
     torch.save({**state, "linear.weight": torch.zeros(100, 64), "linear.bias": torch.zeros(100)}, directory / "2.pt")
-    with pytest.raises(InputError, match=r"2\.pt: linear.weight has shape \(100, 64\), the network \(10, 64\)"):
+    with pytest.raises(InputError, match=r"2\.pt .* classes: linear.weight is \(100, 64\), the network's \(10, 64\)"):
         train_psgd.main(train_psgd.parse_args(digits_args(directory, *WINDOW)))
 
 
@@ -139,18 +152,72 @@ def test_unwritable_directory(sampled, tmp_path, script, flag):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-@pytest.mark.parametrize("script, method, more", [
-    (train_sgd, "sgd", []), (train_psgd, "psgd", WINDOW)])
-def test_a_loss_that_is_not_finite_stops_before_the_step(sampled, tmp_path, script, method, more):
-    """The first step is absurd, the second forward overflows: the run ends there, the epoch's start is saved."""
+@pytest.mark.parametrize("script, method, more, message", [
+    (train_sgd, "sgd", [], r"training loss is (nan|inf) at iteration \d+"),
+    (train_psgd, "psgd", WINDOW, r"training loss is (nan|inf) at iteration \d+"),
+    (train_pbfgs, "pbfgs", [*WINDOW, "--alpha", "1e38"], r"training loss is (nan|inf) at iteration \d+"),
+    (train_sgd, "sgd", ["--batch-size", "431"], r"test loss is (nan|inf) after the last iteration"),
+])
+def test_a_loss_that_is_not_finite_stops_before_the_step(sampled, tmp_path, script, method, more, message):
+    """The first step is absurd, the next forward overflows: the run ends there, the epoch's start is saved."""
     directory = copy_snapshots(sampled, tmp_path / "run")
-    argv = digits_args(directory, *more, "--epochs", "2", "--lr", "1e38")
-    with pytest.raises(InputError, match=r"epoch 1: the training loss is (nan|inf) at iteration \d+; .*smaller --lr"):
+    argv = digits_args(directory, *more, "--epochs", "2", "--lr", "1" if method == "pbfgs" else "1e38")
+    with pytest.raises(InputError, match=f"epoch 1: the {message}; .*smaller --lr"):
         script.main(script.parse_args(argv))
     saved = torch.load(directory / f"{method}_checkpoint.pt", weights_only=True)
     start = torch.load(directory / "0.pt", weights_only=True)
     assert saved["epoch"] == 0 and all(torch.equal(saved["model"][name], start[name]) for name in start)
-    assert not (directory / f"{method}_final.pt").exists()
+    assert not (directory / f"{method}_final.pt").exists() and not (directory / f"{method}_log.jsonl").read_text()
+
+
+def test_a_line_search_without_a_finite_trial_is_one_line_too(sampled, tmp_path):
+    argv = digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path), "--lr", "1e38")
+    with pytest.raises(InputError, match=r"line search ended on a loss of (nan|inf) after 20 trials; .*smaller --lr"):
+        train_pbfgs.main(train_pbfgs.parse_args(argv))
+
+
+def test_a_write_that_fails_names_the_path_and_leaves_the_old_file(tmp_path):
+    """A true failure of the kernel's: files may not grow beyond 20 kB (on a full disk only the reason differs)."""
+    path = tmp_path / "3.pt"
+    utils.save_tensors(path, {"w": torch.ones(1000)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"3\.pt cannot be written: File too large"):
+            utils.save_tensors(path, {"w": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [path] and torch.load(path, weights_only=True)["w"].sum() == 1000
+
+
+def test_a_directory_with_another_run_is_refused(sampled, tmp_path):
+    before = {path: path.read_bytes() for path in sampled.iterdir()}
+    with pytest.raises(InputError, match=r"other arguments \(lr 0.05 -> 0.1\); choose another --save-dir"):
+        train_sgd.main(train_sgd.parse_args(digits_args(sampled, "--epochs", "5", "--lr", "0.1")))
+    with pytest.raises(InputError, match="start_epoch 0 -> 3"):
+        train_sgd.main(train_sgd.parse_args(digits_args(sampled, "--lr", "0.05", "--start-epoch", "3")))
+    assert before == {path: path.read_bytes() for path in sampled.iterdir()}
+
+
+@pytest.mark.parametrize("content", [{"method": "psgd"}, {"method": "psgd", "model": {}}, [1, 2], torch.zeros(3)])
+def test_files_that_are_no_checkpoints(sampled, tmp_path, content):
+    path = tmp_path / "psgd_checkpoint.pt"
+    torch.save(content, path)
+    argv = digits_args(sampled, "--output-dir", str(tmp_path), *WINDOW, "--resume", str(path))
+    with pytest.raises(InputError, match="not a checkpoint|holds a"):
+        train_psgd.main(train_psgd.parse_args(argv))
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match="cannot be read"):
+        train_psgd.main(train_psgd.parse_args(argv))
+
+
+def test_messages_are_one_line(monkeypatch):
+    def main(args):
+        raise InputError("first\n  second")
+
+    monkeypatch.setattr(sys, "argv", ["train_sgd.py"])
+    with pytest.raises(SystemExit, match="^train_sgd.py: error: first second$"):
+        utils.run_script(lambda: None, main)
 
 
 def test_exit_statuses_and_single_lines_of_real_processes(tmp_path):

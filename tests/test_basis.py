@@ -68,12 +68,19 @@ def test_steep_spectrum_stays_orthonormal():
 
 
 def test_window_memory_becomes_the_basis():
-    """P lives in the window's memory, and the rows it does not need are given back."""
+    """The window turns into P, and the rows that P does not need are given back."""
     window = torch.tensor(trajectory())
-    pointer = window.untyped_storage().data_ptr()
     P, _ = pca_basis(window, 7)
+    assert P is window and P.shape == (7, 20_000) and P.is_contiguous()
     assert P.untyped_storage().nbytes() == 7 * 20_000 * 4
-    assert P.is_contiguous() and (P.data_ptr() == pointer or P.untyped_storage().data_ptr() == P.data_ptr())
+
+
+def test_signs_are_fixed():
+    """The order and scale of arithmetic may turn an eigenvector round; its largest coefficient decides."""
+    X = trajectory()
+    P, _ = pca_basis(torch.tensor(X), 5)
+    scores = torch.tensor(X - X.mean(0)).double() @ P.double().T  # (n, k): coefficients times singular values
+    assert (scores.gather(0, scores.abs().argmax(0, keepdim=True)) > 0).all()
 
 
 @pytest.mark.parametrize("k", [0, 5, 40])
@@ -109,7 +116,7 @@ def test_official_snapshots_load(sampled, tmp_path):
     """DataParallel's `module.` and torch.compile's `_orig_mod.` prefixes, and double precision, are understood."""
     state = torch.load(sampled / "2.pt", weights_only=True)
     model = models.get_model("resnet8", 10)
-    for i, prefix in enumerate(["module.", "_orig_mod.", "module._orig_mod."]):
+    for i, prefix in enumerate(["module.", "_orig_mod.", "_orig_mod.module."]):
         torch.save({prefix + name: value for name, value in state.items()}, tmp_path / f"{i}.pt")
     torch.save({n: v.double() if v.is_floating_point() else v for n, v in state.items()}, tmp_path / "3.pt")
     window = load_window(snapshot_paths(tmp_path, range(4)), model)
@@ -140,9 +147,10 @@ def test_read_snapshot_names_what_is_wrong(sampled, tmp_path):
     model = models.get_model("resnet8", 10)
     cases = {
         "holds NaN": {**state, "bn1.weight": state["bn1.weight"] * float("nan")},
-        "no tensor 'linear.bias'": {name: value for name, value in state.items() if name != "linear.bias"},
-        r"linear.weight has shape \(9, 64\), the network \(10, 64\)": {**state, "linear.weight": torch.zeros(9, 64)},
+        r"linear.bias is missing, in the network \(10,\)": {k: v for k, v in state.items() if k != "linear.bias"},
+        r"linear.weight is \(9, 64\), the network's \(10, 64\)": {**state, "linear.weight": torch.zeros(9, 64)},
         "not a state dict": {"epoch": 3},
+        "another --arch: 5": {**state, 5: torch.zeros(1)},
     }
     for message, bad in cases.items():
         torch.save(bad, tmp_path / "bad.pt")

@@ -35,6 +35,13 @@ def test_table_and_figure(runs, tmp_path, capsys):
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_of_no_epochs_has_a_row(sampled, tmp_path):
+    window = ["--params_end", "6", "--n_components", "3"]
+    argv = digits_args(sampled, "--output-dir", str(tmp_path), *window, "--epochs", "0")
+    train_psgd.main(train_psgd.parse_args(argv))
+    assert "| P-SGD | 3 | 0 | - |" in report.table(report.find_runs([tmp_path]))
+
+
 def test_damaged_files_are_named(runs, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(runs, copy)

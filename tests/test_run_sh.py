@@ -25,7 +25,8 @@ def shell(tmp_path):
 
     def run(*argv, fail="none", **environment):
         calls.unlink(missing_ok=True)
-        env = {**os.environ, "PYTHON": str(stub), "SAVE_ROOT": str(tmp_path / "runs"), "FAIL": fail, **environment}
+        env = {k: v for k, v in os.environ.items() if k not in ("DATASETS", "MODELS", "CORRUPT")}
+        env = {**env, "PYTHON": str(stub), "SAVE_ROOT": str(tmp_path / "runs"), "FAIL": fail, **environment}
         done = subprocess.run([ROOT / "run.sh", *argv], env=env, capture_output=True, text=True)
         return done.returncode, [line.split() for line in calls.read_text().splitlines()] if calls.exists() else []
 

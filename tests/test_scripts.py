@@ -93,7 +93,6 @@ def test_same_seed_same_result_and_another_seed_another(tmp_path):
         return torch.load(tmp_path / name / "1.pt", weights_only=True)
 
     a, b, c = final("a"), final("b"), final("c", "--randomseed", "2")
-    torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["conv1.weight"], c["conv1.weight"])
 
@@ -128,8 +127,33 @@ def test_resume_refuses_another_experiment(sampled, tmp_path):
         run(train_sgd, *digits_args(tmp_path, "--epochs", "6", "--lr", "0.3", "--resume", checkpoint))
     with pytest.raises(utils.InputError, match="not a checkpoint of this script"):
         run(train_psgd, *digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path), "--resume", checkpoint))
-    with pytest.raises(utils.InputError, match="no checkpoint"):
+    with pytest.raises(utils.InputError, match="there is no checkpoint"):
         run(train_sgd, *digits_args(tmp_path, "--resume", str(tmp_path / "none.pt")))
+
+
+def test_resume_refuses_another_window(sampled, tmp_path):
+    """The same flags, but the snapshots are of another run: theta would mean other parameters."""
+    run(train_psgd, *digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path), "--epochs", "1"))
+    other = tmp_path / "other"
+    other.mkdir()
+    for i in range(6):
+        state = torch.load(sampled / f"{i}.pt", weights_only=True)
+        state["conv1.weight"] = state["conv1.weight"] * (1 + 0.1 * i)
+        torch.save(state, other / f"{i}.pt")
+    resume = ["--epochs", "2", "--resume", str(tmp_path / "psgd_checkpoint.pt")]
+    with pytest.raises(utils.InputError, match="is of another window"):
+        run(train_psgd, *digits_args(other, *WINDOW, "--output-dir", str(tmp_path), *resume))
+
+
+def test_device_names(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    names = {name: str(utils.pick_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")}
+    assert names == {"auto": "cuda:0", "cuda": "cuda:0", "cuda:1": "cuda:1", "cpu": "cpu"}
+    with pytest.raises(utils.InputError, match="there are 2 CUDA devices"):
+        utils.pick_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert utils.pick_device("auto").type == "cpu"
 
 
 def test_evaluate_reads_the_final_network_and_writes_nothing(sampled, capsys):
@@ -140,6 +164,10 @@ def test_evaluate_reads_the_final_network_and_writes_nothing(sampled, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in sampled.iterdir()}
     by_checkpoint = run(train_sgd, *digits_args(sampled, "--evaluate", "--resume", str(sampled / "sgd_checkpoint.pt")))
     assert by_checkpoint == test
+    by_snapshot = run(train_psgd, *digits_args(sampled, "--evaluate", "--resume", str(sampled / "5.pt")))
+    assert by_snapshot == test  # and no window is needed for it
+    with pytest.raises(utils.InputError, match="psgd_final.pt: there is no final network"):
+        run(train_psgd, *digits_args(sampled, "--evaluate"))
 
 
 @pytest.mark.parametrize("script, method", [(train_sgd, "sgd"), (train_psgd, "psgd"), (train_pbfgs, "pbfgs")])
@@ -161,7 +189,10 @@ def test_schedules():
     assert [warm(e) for e in (0, 1, 100)] == pytest.approx([0.01, 0.1, 0.01])
     assert train_sgd.parse_args(["--optimizer", "adam"]).lr == 0.001
     assert train_sgd.parse_args(["--datasets", "CIFAR100"]).milestones == [150]
-    assert train_sgd.parse_args([]).milestones == [100, 150]
+    default, imagenet = train_sgd.parse_args([]), train_sgd.parse_args(["--datasets", "ImageNet", "-a", "resnet18"])
+    assert (default.milestones, default.epochs, default.batch_size) == ([100, 150], 200, 128)
+    assert (imagenet.milestones, imagenet.epochs, imagenet.batch_size) == ([30, 60], 90, 256)
+    assert (default.samples_per_epoch, imagenet.samples_per_epoch) == (1, 6)
     assert train_psgd.parse_args([]).milestones == [30, 50]
 
 
@@ -169,6 +200,7 @@ def test_start_epoch_numbers_epochs_and_snapshots(tmp_path):
     run(train_sgd, *digits_args(tmp_path, "--start-epoch", "3", "--epochs", "4"))
     assert sorted(p.name for p in tmp_path.glob("[0-9]*.pt")) == ["3.pt", "4.pt"]
     assert [line["epoch"] for line in log_of(tmp_path, "sgd")] == [4]
+    assert json.loads((tmp_path / "sgd_summary.json").read_text())["snapshots"] == 2
 
 
 @pytest.mark.parametrize("script", ["train_sgd.py", "train_psgd.py", "train_pbfgs.py", "report.py"])
@@ -202,7 +234,6 @@ def test_cuda_and_cpu_see_the_same_run(sampled, tmp_path):
         run(train_sgd, *argv, "--device", device)
         states.append([torch.load(tmp_path / device / f"{i}.pt", weights_only=True) for i in (0, 1)])
     (cpu0, cpu1), (gpu0, gpu1) = states
-    torch.use_deterministic_algorithms(False)
     assert all(torch.equal(cpu0[name], gpu0[name]) for name in cpu0)
     for name in cpu1:
         torch.testing.assert_close(cpu1[name], gpu1[name], rtol=1e-2, atol=1e-3)
