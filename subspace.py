@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils import InputError
+from utils import InputError, load_file
 
 # ------------------------------------------------------------------------------------------ parameters as a vector
 
@@ -64,15 +64,11 @@ def snapshot_paths(directory: str | Path, indices: range) -> list[Path]:
 def read_snapshot(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """A state dict that fits `model`, on the CPU, from a file of ours or of the official release.
 
-    Key prefixes left by DataParallel (`module.`) or torch.compile (`_orig_mod.`) are removed. Only tensors are
-    unpickled. Raises InputError with file, tensor and reason for anything else.
+    Key prefixes left by DataParallel (`module.`) or torch.compile (`_orig_mod.`) are removed.
+    Raises InputError with file, tensor and reason for anything else.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a truncated, foreign or hostile file provokes
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"snapshot {path} cannot be read: {reason[:200]}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    state = load_file(path, "snapshot")
+    if not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"snapshot {path} is not a state dict of tensors")
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in state.items()}
     expected = model.state_dict()
@@ -96,15 +92,12 @@ def load_window(paths: list[Path], model: nn.Module, device: torch.device | str 
 
     Row i holds `model.parameters()` of paths[i] in order, as `flat_parameters` lays them out.
     """
-    names = [name for name, _ in model.named_parameters()]
-    window = None
-    for i, path in reversed(list(enumerate(paths))):
+    window = torch.empty(len(paths), sum(p.numel() for p in model.parameters()), device=device)
+    for i, path in enumerate(paths):
         state = read_snapshot(path, model)
-        row = torch.cat([state[name].reshape(-1).to(torch.float32) for name in names])
-        if window is None:
-            window = torch.empty(len(paths), row.numel(), device=device)
-        window[i] = row
-    model.load_state_dict({name: state[name] for name in model.state_dict()})
+        window[i] = torch.cat([state[name].reshape(-1).float() for name, _ in model.named_parameters()])
+        if i == 0:
+            model.load_state_dict(state)
     return window
 
 

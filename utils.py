@@ -54,8 +54,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def __init__(self, prog):
         super().__init__(prog, max_help_position=32, width=110)
 
-    def _get_help_string(self, action):  # no "(default: None)"; the help says what happens then
-        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+    def _get_help_string(self, action):  # no "(default: None)": the help says what happens then; but "(default: 0)"
+        bare = action.default is None or action.default is False or action.default == ""
+        return action.help if bare else super()._get_help_string(action)
 
 
 def _at_least(kind, low, text):

@@ -123,7 +123,7 @@ def save_resnet20(directory):
 def test_snapshots_of_another_network_show_both_shapes(sampled, tmp_path):
     other = digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path))
     other[other.index("resnet8")] = "resnet20"
-    with pytest.raises(InputError, match=r"5\.pt is of another --arch: layer1\.1\.\S+ is missing, in the network \("):
+    with pytest.raises(InputError, match=r"0\.pt is of another --arch: layer1\.1\.\S+ is missing, in the network \("):
         train_psgd.main(train_psgd.parse_args(other))
     with pytest.raises(InputError, match=r"another --arch: layer1\.1\.\S+ is \(16,.*\), in the network missing"):
         read_snapshot(save_resnet20(tmp_path), models.get_model("resnet8", 10))  # its tensors include resnet8's
