@@ -1,13 +1,15 @@
 """Table and figure of finished runs: reads the *_summary.json and *_log.jsonl below the given directories.
 
-Prints one Markdown row per run: parameters trained, epochs, last and best test accuracy, seconds. With --figure it
-draws test accuracy against epoch and against training time.
+Prints a Markdown table with one row per setting: parameters trained, epochs, last and best test accuracy, seconds; runs
+that differ in their seed only share a row, as mean ± standard deviation. With --figure it draws test accuracy against
+epoch and against training time.
 
 Example:
   python report.py runs/quick --table runs/quick/table.md --figure runs/quick/figure.png
 """
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 import utils
@@ -50,34 +52,50 @@ def label(run):
     return "Adam" if run["args"].get("optimizer") == "adam" else STYLES[run["method"]][0]
 
 
-def percent(value):
-    """An accuracy with two digits; a dash for a run of no epochs."""
-    return "-" if value is None else f"{value:.2f}"
+def setting(run):
+    """What a row is: everything that was chosen, but for the seed."""
+    args = {key: value for key, value in run["args"].items() if key not in {"randomseed", *utils.HARMLESS}}
+    return json.dumps([run["method"], run["epochs"], args], sort_keys=True)
+
+
+def mean(runs, key, digits=2):
+    """Mean of summary[key] over the runs, ± the standard deviation where there are several; a dash for no epochs."""
+    values = [run[key] for run in runs]
+    if None in values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 def table(runs):
-    """A Markdown table, one row per run; the first column names data set, network, label noise and seed."""
-    rows = [
-        "| run | method | parameters trained | epochs | test accuracy, last (%) | best (%) at epoch "
-        "| training accuracy, last (%) | seconds: train + eval + basis |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    """A Markdown table, one row per setting; the first column names data set, network, label noise and seeds."""
+    groups = {}
     for run in runs:
+        groups.setdefault(setting(run), []).append(run)
+    rows = [
+        "| run | method | parameters trained | epochs | test accuracy, last (%) | best (%) | at epoch "
+        "| training accuracy, last (%) | seconds: train + eval + basis |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for group in groups.values():
+        run = group[0]
         noise = f", {100 * run['corrupt']:g}% label noise" if run["corrupt"] else ""
         part = run["args"].get("smalldatasets")
         part = f", {100 * part:g}% of the samples" if part else ""
-        seconds = run["seconds"]
+        seeds = sorted(run["seed"] for run in group)
+        seeds = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
+        best_epochs = ", ".join(str(run["best_epoch"] or "-") for run in group)
+        seconds = [statistics.fmean(run["seconds"][stage] for run in group) for stage in ("train", "eval", "basis")]
         rows.append(
-            f"| {run['dataset']}, {run['arch']}{noise}{part}, seed {run['seed']} | {label(run)} "
-            f"| {run['parameters_trained']:,} | {run['epochs']} | {percent(run['test_accuracy_last'])} "
-            f"| {percent(run['test_accuracy_best'])} at {run['best_epoch']} | {percent(run['train_accuracy_last'])} "
-            f"| {seconds['train']:.1f} + {seconds['eval']:.1f} + {seconds['basis']:.1f} |"
+            f"| {run['dataset']}, {run['arch']}{noise}{part}, {seeds} | {label(run)} | {run['parameters_trained']:,} "
+            f"| {run['epochs']} | {mean(group, 'test_accuracy_last')} | {mean(group, 'test_accuracy_best')} "
+            f"| {best_epochs} | {mean(group, 'train_accuracy_last')} | {' + '.join(f'{s:.1f}' for s in seconds)} |"
         )
     return "\n".join(rows) + "\n"
 
 
 def figure(runs, path):
-    """Test accuracy against epoch and against seconds of training, one line per run."""
+    """Test accuracy against epoch and against seconds of training, one line per run, one colour per method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,6 +107,8 @@ def figure(runs, path):
         accuracy = [line["test_accuracy"] for line in log]
         elapsed = [run["seconds"]["basis"] + sum(line["seconds"] for line in log[: i + 1]) for i in range(len(log))]
         text = f"{label(run)} ({run['parameters_trained']:,} parameters)"
+        if text in by_epoch.get_legend_handles_labels()[1]:
+            text = None  # another seed of a run that the legend has already
         by_epoch.plot([line["epoch"] for line in log], accuracy, color=colour, label=text, marker=".", markersize=4)
         by_time.plot(elapsed, accuracy, color=colour, label=text, marker=".", markersize=4)
     by_epoch.set(xlabel="epoch", ylabel="test accuracy (%)")

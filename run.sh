@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # ./run.sh          the paper's CIFAR demo: SGD, then P-BFGS and P-SGD in the subspace of its trajectory, for each model
 #                   DATASETS="CIFAR10" (or CIFAR100), MODELS="resnet20 ...", CORRUPT=0 (label noise), SAVE_ROOT=.
-# ./run.sh quick    the same pipeline on scikit-learn's digits with a ResNet-8: minutes on two CPU cores, no download
+# ./run.sh quick    the same pipeline on scikit-learn's digits with a ResNet-8: minutes on two CPU cores, no download;
+#                   SEED=1
 # ./run.sh test     the test suite; further arguments go to pytest
 # ./run.sh lint     ruff
 # Each uses the active python where it has the packages, else a .venv made from requirements.txt here.
@@ -54,12 +55,13 @@ demo() {
 
 quick() {
     local dir=${SAVE_ROOT:-runs}/quick
+    [[ ${SEED:-1} == 1 ]] || dir+=_seed$SEED
     mkdir -p "$dir"
     log=$dir/log
-    local common=(--datasets digits --arch resnet8 --save-dir "$dir")
+    local common=(--datasets digits --arch resnet8 --randomseed "${SEED:-1}" --save-dir "$dir")
     local subspace=("${common[@]}" --params_start 0 --params_end 31 --n_components 15)
     stage train_sgd.py "${common[@]}" --lr 0.1 --epochs 40 --milestones 30
-    stage train_pbfgs.py "${subspace[@]}" --epochs 20 --batch-size 128
+    stage train_pbfgs.py "${subspace[@]}" --epochs 30 --batch-size 64
     stage train_psgd.py "${subspace[@]}" --epochs 40 --lr 1 --batch-size 128
     stage report.py "$dir" --figure "$dir/figure.png"
 }

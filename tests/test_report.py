@@ -30,9 +30,19 @@ def test_table_and_figure(runs, tmp_path, capsys):
     summary = json.loads((runs / "psgd_summary.json").read_text())
     assert sgd[1:3] == ["SGD", "75,290"] and psgd[1:4] == ["P-SGD", "3", "2"]
     assert psgd[4] == f"{summary['test_accuracy_last']:.2f}"
-    assert psgd[5] == f"{summary['test_accuracy_best']:.2f} at {summary['best_epoch']}"
+    assert psgd[5:7] == [f"{summary['test_accuracy_best']:.2f}", str(summary["best_epoch"])]
     assert "30% of the samples" in psgd[0]
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_share_a_row(runs):
+    """Two runs that differ in their seed only: mean and sample standard deviation, computed by hand."""
+    first = next(run for run in report.find_runs([runs]) if run["method"] == "psgd")
+    second = {**first, "seed": 2, "args": {**first["args"], "randomseed": 2}, "test_accuracy_last": 90.0}
+    first["test_accuracy_last"] = 88.0
+    other = {**second, "args": {**second["args"], "lr": 0.5}}
+    rows = report.table([first, second, other]).splitlines()[2:]
+    assert len(rows) == 2 and "2 seeds (1, 2)" in rows[0] and "| 89.00 ± 1.41 |" in rows[0] and "seed 2 " in rows[1]
 
 
 def test_a_run_of_no_epochs_has_a_row(sampled, tmp_path):
