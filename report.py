@@ -12,6 +12,7 @@ import json
 import statistics
 from pathlib import Path
 
+import runs
 import utils
 
 # method -> label and colour (Okabe and Ito's palette, safe for colour-blind readers)
@@ -54,7 +55,7 @@ def label(run):
 
 def setting(run):
     """What a row is: everything that was chosen, but for the seed."""
-    args = {key: value for key, value in run["args"].items() if key not in {"randomseed", *utils.HARMLESS}}
+    args = {key: value for key, value in run["args"].items() if key not in {"randomseed", *runs.HARMLESS}}
     return json.dumps([run["method"], run["epochs"], args], sort_keys=True)
 
 
@@ -100,6 +101,7 @@ def figure(runs, path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
     fig, (by_epoch, by_time) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for run in runs:
@@ -111,6 +113,7 @@ def figure(runs, path):
             text = None  # another seed of a run that the legend has already
         by_epoch.plot([line["epoch"] for line in log], accuracy, color=colour, label=text, marker=".", markersize=4)
         by_time.plot(elapsed, accuracy, color=colour, label=text, marker=".", markersize=4)
+    by_epoch.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     by_epoch.set(xlabel="epoch", ylabel="test accuracy (%)")
     by_time.set(xlabel="seconds of training, basis included")
     titles = {f"{run['dataset']}, {run['arch']}" for run in runs}

@@ -6,6 +6,7 @@
 # ./run.sh test     the test suite; further arguments go to pytest
 # ./run.sh lint     ruff
 # Each uses the active python where it has the packages, else a .venv made from requirements.txt here.
+# A demo or quick start that was interrupted goes on where it stopped when it is called again; FORCE=1 starts over.
 # Relative paths in the environment variables are relative to this directory.
 # A stage that fails stops the script with that stage's exit status.
 set -euo pipefail
@@ -28,9 +29,11 @@ environment() {
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
 }
 
+# run a script with the console's lines appended to $log too; tee outlives a Ctrl-C, the script has a last line to say
 stage() {
+    [[ $1 != train_* || ${FORCE:-0} == 1 ]] || set -- "$@" --resume auto
     echo "+ python $*" | tee -a "$log"
-    "$python" -u "$@" |& tee -a "$log"
+    "$python" -u "$@" |& (trap '' INT TERM; exec tee -a "$log")
 }
 
 demo() {
@@ -59,8 +62,8 @@ quick() {
     mkdir -p "$dir"
     log=$dir/log
     local common=(--datasets digits --arch resnet8 --randomseed "${SEED:-1}" --save-dir "$dir")
-    local subspace=("${common[@]}" --params_start 0 --params_end 31 --n_components 15)
-    stage train_sgd.py "${common[@]}" --lr 0.1 --epochs 40 --milestones 30
+    local subspace=("${common[@]}" --params_start 0 --params_end 46 --n_components 15)
+    stage train_sgd.py "${common[@]}" --lr 0.1 --epochs 60 --milestones 45
     stage train_pbfgs.py "${subspace[@]}" --epochs 30 --batch-size 64
     stage train_psgd.py "${subspace[@]}" --epochs 40 --lr 1 --batch-size 128
     stage report.py "$dir" --figure "$dir/figure.png"

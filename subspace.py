@@ -18,6 +18,7 @@ line search needs its numbers anyway.
 import contextlib
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils import InputError, load_file
+from runs import load_file
+from utils import InputError
 
 # ------------------------------------------------------------------------------------------ parameters as a vector
 
@@ -95,6 +97,9 @@ def load_window(paths: list[Path], model: nn.Module, device: torch.device | str 
     window = torch.empty(len(paths), sum(p.numel() for p in model.parameters()), device=device)
     for i, path in enumerate(paths):
         state = read_snapshot(path, model)
+        other = {str(state[name].dtype) for name, _ in model.named_parameters()} - {"torch.float32"}
+        if other:
+            print(f"note: {path} holds {', '.join(sorted(other))}; converted to torch.float32", file=sys.stderr)
         window[i] = torch.cat([state[name].reshape(-1).float() for name, _ in model.named_parameters()])
         if i == 0:
             model.load_state_dict(state)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import datasets
 import models
+import runs
 import utils
 from subspace import ProjectedBFGS, flat_parameters, frozen_statistics, load_window, pca_basis, snapshot_paths
 
@@ -29,15 +30,19 @@ def parse_args(argv=None):
 
 
 def main(args):
-    paths = [] if args.evaluate else snapshot_paths(args.save_dir, utils.window_indices(args))
-    run = utils.Run("pbfgs", args)
+    run = runs.Run("pbfgs", args)
+    if (summary := run.finished()) is not None:
+        return summary
     device = utils.set_up(args)
+    if not args.evaluate:
+        paths = snapshot_paths(args.save_dir, utils.window_indices(args))
+        run.take_directory()
     with run.timer("load"):
         data = datasets.load(args.datasets, args.data, batch_size=args.batch_size, device=device, seed=args.randomseed,
                              corrupt=args.corrupt, part=args.smalldatasets, workers=args.workers)
         model = models.get_model(args.arch, data.classes, args.datasets).to(device)
         if args.evaluate:
-            return utils.evaluate_saved(run, model, data)
+            return run.evaluate(model, data)
         window = load_window(paths, model, device)
         w = flat_parameters(model)
     with run.timer("basis"):

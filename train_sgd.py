@@ -10,6 +10,7 @@ import torch
 
 import datasets
 import models
+import runs
 import utils
 from subspace import flat_parameters
 
@@ -57,18 +58,24 @@ def sampling_iterations(iterations, samples):
 
 
 def main(args):
-    run = utils.Run("sgd", args)
+    run = runs.Run("sgd", args)
+    if (summary := run.finished()) is not None:
+        return summary
     device = utils.set_up(args)
+    if not args.evaluate:
+        run.take_directory()
     with run.timer("load"):
         data = datasets.load(args.datasets, args.data, batch_size=args.batch_size, device=device, seed=args.randomseed,
                              corrupt=args.corrupt, part=args.smalldatasets, workers=args.workers)
         model = models.get_model(args.arch, data.classes, args.datasets, args.pretrained).to(device)
         if args.evaluate:
-            return utils.evaluate_saved(run, model, data)
+            return run.evaluate(model, data)
         w = flat_parameters(model)
 
     due = sampling_iterations(len(data.train), args.samples_per_epoch)
-    run.begin(data, w, snapshots=1 + max(0, args.epochs - args.start_epoch) * len(due))
+    snapshots = 1 + max(0, args.epochs - args.start_epoch) * len(due)
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    run.begin(data, w, snapshots=snapshots, writes=snapshots * size)
     if args.optimizer == "sgd":
         optimizer = torch.optim.SGD([w], lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     else:
@@ -77,10 +84,10 @@ def main(args):
     def save_snapshot(epoch, iteration):
         if iteration in due:
             index = epoch * len(due) + due.index(iteration) + 1
-            utils.save_tensors(run.directory / f"{index}.pt", utils.cpu_copy(model.state_dict()))
+            runs.save_tensors(run.directory / f"{index}.pt", model.state_dict())
 
-    if not args.resume:
-        utils.save_tensors(run.directory / f"{args.start_epoch * len(due)}.pt", utils.cpu_copy(model.state_dict()))
+    if not run.has_checkpoint():
+        runs.save_tensors(run.directory / f"{args.start_epoch * len(due)}.pt", model.state_dict())
     return utils.fit(
         run, model, w, data, update=lambda *_: optimizer.step(), algorithm=optimizer,
         schedule=utils.multistep(args.lr, args.milestones, warm_up=args.arch in ("resnet110", "resnet1202")),

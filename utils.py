@@ -1,20 +1,15 @@
-"""What the three scripts share: flags, set-up, the only training and evaluation loop, and the files a run writes.
+"""What the three scripts share: flags, set-up, and the only training and evaluation loop.
 
 This module imports none of the others (flag checks aside), so that all of them can raise its InputError.
 """
 import argparse
 import contextlib
 import ctypes
-import io
-import json
 import math
 import os
-import platform
-import shlex
-import subprocess
+import signal
 import sys
-import time
-from datetime import UTC, datetime
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +26,58 @@ class NonFiniteLoss(Exception):
     """A loss became NaN or infinite; raised before the step that would have used it."""
 
 
+class Stopped(Exception):
+    """A signal asked the run to end."""
+
+    def __init__(self, number, where=""):
+        super().__init__(f"stopped by {signal.Signals(number).name} {where}".strip())
+        self.number = number
+
+
+class StopSignals:
+    """In here SIGTERM and Ctrl-C are only noted, and raise Stopped between two batches; a second one acts at once."""
+
+    def __enter__(self):
+        self.number, self.before = None, {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        self.number = number
+        signal.signal(number, self.before[number])
+
+    def watch(self, batches):
+        """The batches, until a signal comes."""
+        batches = iter(batches)
+        while True:
+            if self.number:
+                raise Stopped(self.number)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            yield batch
+
+
 def run_script(parse_args, main):
-    """Entry point of a script: exit status 2 for wrong usage, 1 with one line on stderr for an InputError."""
+    """Entry point of a script: exit status 2 for wrong usage, 1 for an InputError, 128 + n for signal n."""
     args = parse_args()
+    name = Path(sys.argv[0]).name
     try:
         main(args)
+    except Stopped as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(128 + error.number)
+    except KeyboardInterrupt:
+        print(f"{name}: stopped by SIGINT before training", file=sys.stderr)
+        sys.exit(130)
     except InputError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
+        sys.exit(f"{name}: error: {' '.join(str(error).split())}")
 
 
 # ------------------------------------------------------------------------------------------------------------ flags
@@ -127,9 +167,10 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
                        help="seed of initial weights, order, augmentation and label noise")
     train.add_argument("-e", "--evaluate", action="store_true",
                        help="only evaluate the final network of this run (or the checkpoint of --resume) and exit")
-    train.add_argument("--resume", default="", metavar="PATH",
-                       help="go on from this *_checkpoint.pt to the result of an uninterrupted run (bitwise on a CPU, "
-                       "and with --deterministic on a GPU)")
+    train.add_argument("--resume", default="", metavar="auto|PATH",
+                       help="go on from this *_checkpoint.pt, or with auto from the one this run left if any, to the "
+                       "result of an uninterrupted run (bitwise on a CPU, and with --deterministic on a GPU); auto "
+                       "leaves a finished run as it is")
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", metavar="auto|cpu|cuda|cuda:N",
@@ -322,8 +363,7 @@ def fit(run, model, w, data, update, *, schedule, algorithm, statistics=None, af
     the method adds to an epoch's log. after_iteration(epoch, i) is called after each mini-batch.
     """
     args = run.args
-    first = run.resume(model, algorithm) if args.resume else run.start_over()
-    for epoch in range(first, args.epochs):
+    for epoch in range(run.first_epoch(model, algorithm), args.epochs):
         good = run.state(epoch, model, algorithm)
         seed_everything(args.randomseed, epoch)
         lr = schedule(epoch)
@@ -333,13 +373,19 @@ def fit(run, model, w, data, update, *, schedule, algorithm, statistics=None, af
         bar = tqdm(total=len(data.train), desc=f"epoch {epoch + 1}/{args.epochs}", unit="it", leave=False,
                    disable=None, miniters=args.print_freq, mininterval=0, file=sys.stderr)
         try:
-            with run.timer("train") as train_time, bar:
-                train = train_epoch(model, w, data.train.epoch(epoch), update, iterations=len(data.train),
-                                    accumulate=args.accumulate, half=args.half, after_iteration=hook, bar=bar)
-            with run.timer("eval"):
-                test = evaluate(model, data.test.epoch(0), args.half)
+            with StopSignals() as signals:
+                with run.timer("train") as train_time, bar:
+                    train = train_epoch(model, w, signals.watch(data.train.epoch(epoch)), update,
+                                        iterations=len(data.train), accumulate=args.accumulate, half=args.half,
+                                        after_iteration=hook, bar=bar)
+                with run.timer("eval"):
+                    test = evaluate(model, signals.watch(data.test.epoch(0)), args.half)
             if not math.isfinite(test["loss"]):  # where the last step of the epoch was the fatal one
                 raise NonFiniteLoss(f"the test loss is {test['loss']} after the last iteration")
+        except Stopped as error:
+            path = run.save("checkpoint.pt", good)
+            raise Stopped(error.number, f"in epoch {epoch + 1}; the state before it is in {path}; to go on, repeat the "
+                          "command with --resume auto") from error
         except (NonFiniteLoss, FloatingPointError) as error:
             path = run.save("checkpoint.pt", good)
             raise InputError(
@@ -349,308 +395,5 @@ def fit(run, model, w, data, update, *, schedule, algorithm, statistics=None, af
         run.log_epoch(epoch, lr, train, test, train_time.seconds, statistics() if statistics else {})
         if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
             run.save("checkpoint.pt", run.state(epoch + 1, model, algorithm))
-    run.save("final.pt", cpu_copy(model.state_dict()))
+    run.save("final.pt", model.state_dict())
     return run.finish()
-
-
-def evaluate_saved(run, model, data):
-    """--evaluate: test loss and accuracy of <method>_final.pt, or of the checkpoint of --resume; returns both."""
-    path = Path(run.args.resume) if run.args.resume else run.path("final.pt")
-    state = load_file(path, "final network (--evaluate)")
-    load_model(model, state.get("model", state), path)
-    test = evaluate(model, data.test.epoch(0), run.args.half)
-    print(f"evaluate  {path}  test loss {test['loss']:.4f}  test accuracy {test['accuracy']:.2f}%")
-    return test
-
-
-# ----------------------------------------------------------------------------------------------- files
-
-
-def cpu_copy(value):
-    """A copy of nested dicts, lists and tensors that shares no memory with the original, tensors on the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: cpu_copy(item) for key, item in value.items()}
-    return [cpu_copy(item) for item in value] if isinstance(value, list) else value
-
-
-def write_atomically(path, write):
-    """Call write(file) on a temporary file beside `path` and move it there, so that `path` is never half written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return path
-
-
-def save_tensors(path, value):
-    """torch.save of nested dicts of tensors, atomically; raises InputError naming the path if it cannot be written."""
-    buffer = io.BytesIO()  # torch.save reports a full disk as a RuntimeError of its own wording; a file says OSError
-    torch.save(value, buffer)
-    return write_atomically(path, lambda file: file.write(buffer.getbuffer()))
-
-
-def save_json(path, value):
-    return write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
-
-
-def load_file(path, what):
-    """A dict of tensors and plain values from a file; raises InputError that says what was looked for and why not.
-
-    Only tensors and plain values are unpickled: a file from elsewhere cannot run code.
-    """
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no {what} at this path") from error
-    except Exception as error:  # whatever a truncated, foreign or hostile file provokes
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{what} {path} cannot be read: {reason[:200]}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{what} {path} holds a {type(value).__name__}, not a dict")
-    return value
-
-
-def load_model(model, state, path):
-    """model.load_state_dict, with one line that names the file if it does not fit."""
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, AttributeError) as error:
-        raise InputError(f"{path} does not fit the network of --arch and --datasets: {error}"[:400]) from error
-
-
-class Timer:
-    seconds = 0.0
-
-
-# arguments that may differ between a checkpoint and the run that goes on from it
-HARMLESS = {"epochs", "start_epoch", "resume", "evaluate", "data", "workers", "device", "save_dir", "output_dir",
-            "save_every", "print_freq"}
-
-
-class Run:
-    """What one run writes: <method>_args.json, _log.jsonl, _checkpoint.pt, _final.pt and _summary.json in a directory.
-
-    Also its clocks (run.timer("train") and so on, in seconds) and its lines on the console.
-    """
-
-    def __init__(self, method, args):
-        self.method, self.args, self.start = method, args, time.perf_counter()
-        self.directory = Path(getattr(args, "output_dir", None) or args.save_dir)
-        self.seconds = dict.fromkeys(("load", "basis", "train", "eval"), 0.0)
-        self.log, self.facts = [], {}
-        if not args.evaluate:
-            try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                flag = "--output-dir" if getattr(args, "output_dir", None) else "--save-dir"
-                raise InputError(f"{flag} {self.directory} cannot be made: {error.strerror}") from error
-
-    def path(self, name):
-        return self.directory / f"{self.method}_{name}"
-
-    def save(self, name, value):
-        return save_tensors(self.path(name), value)
-
-    @contextlib.contextmanager
-    def timer(self, name):
-        """Add the seconds spent inside, device work included, to self.seconds[name]; yields them as .seconds."""
-        timer, start = Timer(), time.perf_counter()
-        try:
-            yield timer
-        finally:
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            timer.seconds = time.perf_counter() - start
-            self.seconds[name] += timer.seconds
-
-    def begin(self, data, w, *, snapshots, explained=None):
-        """Say what is trained, and keep it for the summary. `explained`: variance shares of the basis, if any.
-
-        Raises InputError if the directory holds a run of the same method with other arguments.
-        """
-        self.refuse_another_run()
-        save_json(self.path("args.json"), {"command": command_line(), "args": vars(self.args)})
-        k = len(explained) if explained else None
-        self.facts = {
-            "parameters": w.numel(),
-            "parameters_trained": k or w.numel(),
-            "n_components": k,
-            "snapshots": snapshots,
-            "explained_variance": {"total": sum(explained), "per_component": explained} if explained else None,
-        }
-        args = self.args
-        print(f"{self.method}: {args.arch} on {args.datasets}, {w.numel():,} parameters, {data.classes} classes, "
-              f"{data.train.samples:,} training and {data.test.samples:,} test samples, {w.device}", flush=True)
-        if explained:
-            print(f"basis: {k} components of {snapshots} snapshots explain {100 * sum(explained):.4f}% of the "
-                  "variance; each (%): " + " ".join(f"{100 * share:.3g}" for share in explained), flush=True)
-
-    def log_epoch(self, epoch, lr, train, test, seconds, statistics):
-        """Append one JSON line to the log and print the same as one line of text. Accuracies in percent."""
-        best = max(self.log, key=lambda line: line["test_accuracy"], default=None)
-        improved = best is None or test["accuracy"] > best["test_accuracy"]
-        line = {
-            "epoch": epoch + 1,
-            "lr": lr,
-            "train_loss": train["loss"],
-            "train_accuracy": train["accuracy"],
-            "test_loss": test["loss"],
-            "test_accuracy": test["accuracy"],
-            "best_accuracy": test["accuracy"] if improved else best["test_accuracy"],
-            "best_epoch": epoch + 1 if improved else best["epoch"],
-            "seconds": round(seconds, 3),
-            "samples_per_second": round(train["samples"] / seconds, 1),
-            **statistics,
-        }
-        self.log.append(line)
-        try:
-            with open(self.path("log.jsonl"), "a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise InputError(f"{self.path('log.jsonl')} cannot be written: {error.strerror}") from error
-        trials = f"  trials {line['trials_per_step']:5.2f}" if statistics else ""
-        text = ("epoch {epoch:4d}/{epochs}  lr {lr:<7.4g} train loss {train_loss:7.4f} acc {train_accuracy:6.2f}%  "
-                "test loss {test_loss:7.4f} acc {test_accuracy:6.2f}%  best {best_accuracy:6.2f}% @{best_epoch:<4d}"
-                "{trials}  {seconds:7.1f} s {samples_per_second:8.0f}/s")
-        print(text.format(**line, epochs=self.args.epochs, trials=trials), flush=True)
-
-    def state(self, epoch, model, algorithm):
-        """All that a run needs to go on before epoch number `epoch` (counted from 0), copied to the CPU."""
-        seconds = {**self.seconds, "total": time.perf_counter() - self.start}
-        return cpu_copy({"method": self.method, "epoch": epoch, "model": model.state_dict(), "seconds": seconds,
-                         "algorithm": algorithm.state_dict(), "log": self.log, "facts": self.facts,
-                         "args": vars(self.args)})
-
-    def changes(self, then, harmless):
-        """How the arguments differ from `then`, the harmless ones aside: "lr 0.1 -> 0.2, ...", or "" if not at all."""
-        return ", ".join(f"{key} {then.get(key)} -> {value}" for key, value in vars(self.args).items()
-                         if key not in harmless and value != then.get(key))
-
-    def refuse_another_run(self):
-        """Raise InputError if a run of this method with other arguments has left its summary or snapshots here."""
-        kept = [self.path("summary.json"), *([self.directory / "1.pt"] if self.method == "sgd" else [])]
-        if self.args.resume or not self.path("args.json").is_file() or not any(path.is_file() for path in kept):
-            return
-        try:
-            then = json.loads(self.path("args.json").read_text())["args"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.path('args.json')} cannot be read: {error}") from error
-        changed = self.changes(then, HARMLESS - {"start_epoch"})
-        if changed:
-            flag = "--save-dir" if self.method == "sgd" else "--output-dir"
-            raise InputError(f"{self.directory} holds a {self.method} run with other arguments ({changed}); choose "
-                             f"another {flag}, or remove its files")
-
-    def start_over(self):
-        """Remove what an earlier run of this method left: it would not go with the new log. Returns the first epoch."""
-        for name in ("summary.json", "final.pt", "checkpoint.pt"):
-            self.path(name).unlink(missing_ok=True)
-        write_atomically(self.path("log.jsonl"), lambda file: None)
-        return self.args.start_epoch
-
-    def resume(self, model, algorithm):
-        """Restore the checkpoint of --resume and cut the log back to it; returns the epoch to go on with."""
-        path = self.args.resume
-        state = load_file(path, "checkpoint (--resume)")
-        keys = {"epoch", "model", "seconds", "algorithm", "log", "facts", "args"}
-        if state.get("method") != self.method or keys - state.keys():
-            raise InputError(f"--resume {path} is not a checkpoint of this script ({self.method}_checkpoint.pt)")
-        changed = self.changes(state["args"], HARMLESS)
-        if changed:
-            raise InputError(f"--resume {path} is of another experiment: {changed}")
-        shares = [facts["explained_variance"] for facts in (state["facts"], self.facts)]
-        if shares[0] and not np.allclose(*(share["per_component"] for share in shares), rtol=1e-4):
-            raise InputError(f"--resume {path} is of another window: the snapshots in --save-dir span another subspace")
-        load_model(model, state["model"], path)
-        algorithm.load_state_dict(state["algorithm"])
-        self.log = state["log"]
-        for name in self.seconds:
-            self.seconds[name] += state["seconds"][name]
-        self.start -= state["seconds"]["total"]
-        lines = "".join(json.dumps(line) + "\n" for line in self.log).encode()
-        write_atomically(self.path("log.jsonl"), lambda file: file.write(lines))
-        print(f"resumed from {path} after epoch {state['epoch']}", flush=True)
-        return state["epoch"]
-
-    def finish(self):
-        """Write and return the summary, and print its line."""
-        args = self.args
-        accuracies = ("test_accuracy", "best_accuracy", "best_epoch", "train_accuracy")
-        last = self.log[-1] if self.log else dict.fromkeys(accuracies)
-        seconds = {**self.seconds, "total": time.perf_counter() - self.start}
-        summary = {
-            "method": self.method,
-            "dataset": args.datasets,
-            "arch": args.arch,
-            "seed": args.randomseed,
-            "corrupt": args.corrupt,
-            "parameters": self.facts["parameters"],
-            "parameters_trained": self.facts["parameters_trained"],
-            "n_components": self.facts["n_components"],
-            "snapshots": self.facts["snapshots"],
-            "epochs": args.epochs,
-            "test_accuracy_last": last["test_accuracy"],
-            "test_accuracy_best": last["best_accuracy"],
-            "best_epoch": last["best_epoch"],
-            "train_accuracy_last": last["train_accuracy"],
-            "explained_variance": self.facts["explained_variance"],
-            "seconds": {name: round(value, 3) for name, value in seconds.items()},
-            "args": vars(args),
-            "command": command_line(),
-            "versions": versions(),
-            "hardware": hardware(pick_device(args.device)),
-            "git_revision": git_revision(),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        save_json(self.path("summary.json"), summary)
-        keys = ("method", "dataset", "arch", "seed", "corrupt", "parameters_trained", "epochs", "best_epoch")
-        percents = {key: summary[key] for key in ("test_accuracy_last", "test_accuracy_best", "train_accuracy_last")}
-        print("summary", *(f"{key}={summary[key]}" for key in keys),
-              *(f"{key}={value if value is None else round(value, 2)}" for key, value in percents.items()),
-              f"seconds={seconds['total']:.1f}", flush=True)
-        return summary
-
-
-def command_line():
-    """The command as typed; of an absolute path to the script only its name."""
-    script = Path(sys.argv[0])
-    return shlex.join(["python", script.name if script.is_absolute() else str(script), *sys.argv[1:]])
-
-
-def versions():
-    import sklearn
-    import torchvision
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "numpy": np.__version__, "scikit-learn": sklearn.__version__, "cuda": torch.version.cuda}
-
-
-def hardware(device):
-    """What a figure's reader needs to know of the machine: processor, cores, memory, GPU; no host name."""
-    cpu = platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"device": device.type, "gpu": gpu, "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "memory_gib": round(memory, 1)}
-
-
-def git_revision():
-    """Commit of this checkout, with "-dirty" if tracked files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

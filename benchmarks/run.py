@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import models
+import runs
 import utils
 from subspace import ProjectedBFGS, flat_parameters, frozen_statistics, load_window, pca_basis, snapshot_paths
 
@@ -131,8 +132,8 @@ def pbfgs(args, device):
 def main(args):
     device = utils.pick_device(args.device)
     utils.keep_freed_memory()
-    result = {"command": utils.command_line(), "basis": basis(args, device), "pbfgs": pbfgs(args, device),
-              "versions": utils.versions(), "hardware": utils.hardware(device), "git_revision": utils.git_revision()}
+    result = {"command": runs.command_line(), "basis": basis(args, device), "pbfgs": pbfgs(args, device),
+              "versions": runs.versions(), "hardware": runs.hardware(device), "git_revision": runs.git_revision()}
     b, p = result["basis"], result["pbfgs"]
     print(f"basis {b['window'][0]} x {b['window'][1]:,}, k {args.n_components}: "
           f"{statistics.median(b['seconds']):.3f} s, "
@@ -142,7 +143,7 @@ def main(args):
           f"({', '.join(f'{ratio:.3f}' for ratio in p['ratios'])})")
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        utils.save_json(Path(args.json), result)
+        runs.save_json(Path(args.json), result)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 Training: RandomResizedCrop(224) and flip; evaluation: Resize(256), CenterCrop(224); both normalised.
 """
+import signal
 from pathlib import Path
 
 import torch
@@ -70,6 +71,12 @@ class Order(torch.utils.data.Sampler):
         return zip(order.tolist(), draws.tolist(), strict=True)
 
 
+def ignore_signals(worker):
+    """Ctrl-C goes to every process of a terminal: the main one decides, the workers end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class FolderBatches:
     """epoch(e) yields x (B, 3, 224, 224) float32 in channels_last memory and y (B,) int64 on the device."""
 
@@ -78,7 +85,7 @@ class FolderBatches:
         self.order = Order(self.samples, seed, shuffle)
         self.loader = torch.utils.data.DataLoader(
             folder, batch_size, sampler=self.order, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
-            persistent_workers=workers > 0,
+            persistent_workers=workers > 0, worker_init_fn=ignore_signals,
         )
 
     def __len__(self):

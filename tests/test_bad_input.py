@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, digits_args
 
 import models
+import runs
 import train_pbfgs
 import train_psgd
 import train_sgd
@@ -179,12 +180,12 @@ def test_a_line_search_without_a_finite_trial_is_one_line_too(sampled, tmp_path)
 def test_a_write_that_fails_names_the_path_and_leaves_the_old_file(tmp_path):
     """A true failure of the kernel's: files may not grow beyond 20 kB (on a full disk only the reason differs)."""
     path = tmp_path / "3.pt"
-    utils.save_tensors(path, {"w": torch.ones(1000)})
+    runs.save_tensors(path, {"w": torch.ones(1000)})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(InputError, match=r"3\.pt cannot be written: File too large"):
-            utils.save_tensors(path, {"w": torch.zeros(100_000)})
+        with pytest.raises(InputError, match=r"3\.pt cannot be written \(4..,... bytes\): File too large"):
+            runs.save_tensors(path, {"w": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == [path] and torch.load(path, weights_only=True)["w"].sum() == 1000

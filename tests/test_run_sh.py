@@ -25,7 +25,7 @@ def shell(tmp_path):
 
     def run(*argv, fail="none", **environment):
         calls.unlink(missing_ok=True)
-        env = {k: v for k, v in os.environ.items() if k not in ("DATASETS", "MODELS", "CORRUPT")}
+        env = {k: v for k, v in os.environ.items() if k not in ("DATASETS", "MODELS", "CORRUPT", "SEED", "FORCE")}
         env = {**env, "PYTHON": str(stub), "SAVE_ROOT": str(tmp_path / "runs"), "FAIL": fail, **environment}
         done = subprocess.run([ROOT / "run.sh", *argv], env=env, capture_output=True, text=True)
         return done.returncode, [line.split() for line in calls.read_text().splitlines()] if calls.exists() else []
@@ -73,6 +73,13 @@ def test_a_failing_stage_stops_the_script_with_its_status(shell, stage, before):
     """Through `tee`: without pipefail the status would be tee's, 0, and the next stages would run."""
     status, calls = shell("quick", fail=stage)
     assert status == 7 and len(calls) == before + 1 and calls[-1][0] == stage
+
+
+def test_stages_go_on_where_they_stopped_unless_forced(shell):
+    _, calls = shell("quick")
+    assert [call[-2:] == ["--resume", "auto"] for call in calls] == [True, True, True, False]
+    _, calls = shell("quick", FORCE="1")
+    assert not any("--resume" in call for call in calls)
 
 
 def test_unknown_command_is_usage(shell):

@@ -48,7 +48,7 @@ def test_sgd_writes_snapshots_log_and_summary(sampled):
     assert json.loads((sampled / "sgd_args.json").read_text())["args"]["lr"] == 0.05
     # nothing else, and no temporary file left behind
     assert {p.name for p in sampled.iterdir() if not p.stem.isdigit()} == {
-        "sgd_args.json", "sgd_log.jsonl", "sgd_checkpoint.pt", "sgd_final.pt", "sgd_summary.json"}
+        ".sgd.lock", "sgd_args.json", "sgd_log.jsonl", "sgd_checkpoint.pt", "sgd_final.pt", "sgd_summary.json"}
 
 
 @pytest.mark.parametrize("script, method", [(train_psgd, "psgd"), (train_pbfgs, "pbfgs")])
@@ -65,7 +65,8 @@ def test_subspace_scripts(sampled, tmp_path, script, method, capsys):
     (line,) = [line for line in out.splitlines() if line.startswith("summary ")]
     assert f"method={method}" in line and f"test_accuracy_last={summary['test_accuracy_last']:.2f}"[:-1] in line
     assert {p.name for p in tmp_path.iterdir()} == {
-        f"{method}_{name}" for name in ("args.json", "log.jsonl", "checkpoint.pt", "final.pt", "summary.json")}
+        f".{method}.lock",
+        *(f"{method}_{name}" for name in ("args.json", "log.jsonl", "checkpoint.pt", "final.pt", "summary.json"))}
     # the final network lies in w_start + span of the window's differences
     names = [name for name, _ in models.get_model("resnet8", 10).named_parameters()]
 

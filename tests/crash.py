@@ -1,0 +1,46 @@
+"""What the crash tests run in processes of their own, to be killed there."""
+import os
+import signal
+
+import sklearn.datasets
+import sklearn.model_selection  # noqa: F401  (imported before the fork, like torchvision, and not in every process)
+import torch
+import torchvision  # noqa: F401
+
+import runs
+import train_pbfgs
+import train_psgd
+import train_sgd
+
+SCRIPTS = {"sgd": train_sgd, "psgd": train_psgd, "pbfgs": train_pbfgs}
+
+
+def run(method, argv):
+    torch.set_num_threads(1)
+    script = SCRIPTS[method]
+    script.main(script.parse_args(argv))
+
+
+def run_and_die_in_write(method, argv, n):
+    """The n-th write to the disk stops half way through the file, with the process."""
+    real, calls = os.fsync, 0
+
+    def fsync(descriptor):
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            if os.fstat(descriptor).st_mode & 0o100000:  # a file, not its directory
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(descriptor)
+
+    runs.os.fsync = fsync
+    run(method, argv)
+
+
+def hold_lock(method, argv, ready):
+    """Take the directory of a run, say so, and sit on it."""
+    taken = runs.Run(method, SCRIPTS[method].parse_args(argv))
+    taken.take_directory()
+    ready.set()
+    signal.pause()
