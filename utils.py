@@ -363,37 +363,38 @@ def fit(run, model, w, data, update, *, schedule, algorithm, statistics=None, af
     the method adds to an epoch's log. after_iteration(epoch, i) is called after each mini-batch.
     """
     args = run.args
-    for epoch in range(run.first_epoch(model, algorithm), args.epochs):
-        good = run.state(epoch, model, algorithm)
-        seed_everything(args.randomseed, epoch)
-        lr = schedule(epoch)
-        for group in getattr(algorithm, "param_groups", ()):  # read anew: loading a state replaces them
-            group["lr"] = lr
-        hook = after_iteration and (lambda i, epoch=epoch: after_iteration(epoch, i))
-        bar = tqdm(total=len(data.train), desc=f"epoch {epoch + 1}/{args.epochs}", unit="it", leave=False,
-                   disable=None, miniters=args.print_freq, mininterval=0, file=sys.stderr)
-        try:
-            with StopSignals() as signals:
+    first = run.first_epoch(model, algorithm)
+    with StopSignals() as signals:
+        for epoch in range(first, args.epochs):
+            good = run.state(epoch, model, algorithm)
+            seed_everything(args.randomseed, epoch)
+            lr = schedule(epoch)
+            for group in getattr(algorithm, "param_groups", ()):  # read anew: loading a state replaces them
+                group["lr"] = lr
+            hook = after_iteration and (lambda i, epoch=epoch: after_iteration(epoch, i))
+            bar = tqdm(total=len(data.train), desc=f"epoch {epoch + 1}/{args.epochs}", unit="it", leave=False,
+                       disable=None, miniters=args.print_freq, mininterval=0, file=sys.stderr)
+            try:
                 with run.timer("train") as train_time, bar:
                     train = train_epoch(model, w, signals.watch(data.train.epoch(epoch)), update,
                                         iterations=len(data.train), accumulate=args.accumulate, half=args.half,
                                         after_iteration=hook, bar=bar)
                 with run.timer("eval"):
                     test = evaluate(model, signals.watch(data.test.epoch(0)), args.half)
-            if not math.isfinite(test["loss"]):  # where the last step of the epoch was the fatal one
-                raise NonFiniteLoss(f"the test loss is {test['loss']} after the last iteration")
-        except Stopped as error:
-            path = run.save("checkpoint.pt", good)
-            raise Stopped(error.number, f"in epoch {epoch + 1}; the state before it is in {path}; to go on, repeat the "
-                          "command with --resume auto") from error
-        except (NonFiniteLoss, FloatingPointError) as error:
-            path = run.save("checkpoint.pt", good)
-            raise InputError(
-                f"epoch {epoch + 1}: {error}; stopped there, the state before this epoch is in {path}; "
-                f"try a smaller --lr{', or without --half' if args.half else ''}"
-            ) from error
-        run.log_epoch(epoch, lr, train, test, train_time.seconds, statistics() if statistics else {})
-        if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
-            run.save("checkpoint.pt", run.state(epoch + 1, model, algorithm))
-    run.save("final.pt", model.state_dict())
-    return run.finish()
+                if not math.isfinite(test["loss"]):  # where the last step of the epoch was the fatal one
+                    raise NonFiniteLoss(f"the test loss is {test['loss']} after the last iteration")
+            except Stopped as stop:
+                path = run.save("checkpoint.pt", good)
+                raise Stopped(stop.number, f"in epoch {epoch + 1}; the state before it is in {path}; to go on, repeat "
+                              "the command with --resume auto") from stop
+            except (NonFiniteLoss, FloatingPointError) as error:
+                path = run.save("checkpoint.pt", good)
+                raise InputError(
+                    f"epoch {epoch + 1}: {error}; stopped there, the state before this epoch is in {path}; "
+                    f"try a smaller --lr{', or without --half' if args.half else ''}"
+                ) from error
+            run.log_epoch(epoch, lr, train, test, train_time.seconds, statistics() if statistics else {})
+            if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
+                run.save("checkpoint.pt", run.state(epoch + 1, model, algorithm))
+        run.save("final.pt", model.state_dict())
+        return run.finish()

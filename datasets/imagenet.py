@@ -86,6 +86,7 @@ class FolderBatches:
         self.loader = torch.utils.data.DataLoader(
             folder, batch_size, sampler=self.order, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
             persistent_workers=workers > 0, worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # for seeds nobody uses: from the global one, dropout would feel the draws
         )
 
     def __len__(self):

@@ -222,14 +222,15 @@ def test_messages_are_one_line(monkeypatch):
 
 
 def test_exit_statuses_and_single_lines_of_real_processes(tmp_path):
-    def run(*argv):
-        done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
-        return done.returncode, done.stderr.strip().splitlines()
-
-    status, lines = run("train_psgd.py", "--datasets", "digits", "--save-dir", str(tmp_path / "nothing"))
+    commands = [["train_psgd.py", "--datasets", "digits", "--save-dir", str(tmp_path / "nothing")],
+                ["report.py", str(tmp_path)], ["train_sgd.py", "--corrupt", "2"]]
+    started = [subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True, stderr=subprocess.PIPE)
+               for command in commands]
+    ended = [(process.communicate()[1].strip().splitlines(), process.returncode) for process in started]
+    (lines, status), report, usage = ended
     assert status == 1 and len(lines) == 1 and lines[0].startswith("train_psgd.py: error: --save-dir")
     assert "0.pt 1.pt" in lines[0] and "50.pt" in lines[0] and not (tmp_path / "nothing").exists()
-    status, lines = run("report.py", str(tmp_path))
+    lines, status = report
     assert status == 1 and len(lines) == 1 and "summary.json" in lines[0]
-    status, lines = run("train_sgd.py", "--corrupt", "2")
-    assert status == 2 and "--corrupt" in lines[-1]
+    lines, status = usage
+    assert status == 2 and len(lines) == 1 and "--corrupt" in lines[0]

@@ -112,7 +112,7 @@ def test_window_rows_are_parameters_in_order_and_model_starts_at_the_first(sampl
     assert all(torch.equal(value, first[name]) for name, value in model.state_dict().items())  # buffers included
 
 
-def test_official_snapshots_load(sampled, tmp_path):
+def test_official_snapshots_load(sampled, tmp_path, capsys):
     """DataParallel's `module.` and torch.compile's `_orig_mod.` prefixes, and double precision, are understood."""
     state = torch.load(sampled / "2.pt", weights_only=True)
     model = models.get_model("resnet8", 10)
@@ -121,6 +121,7 @@ def test_official_snapshots_load(sampled, tmp_path):
     torch.save({n: v.double() if v.is_floating_point() else v for n, v in state.items()}, tmp_path / "3.pt")
     window = load_window(snapshot_paths(tmp_path, range(4)), model)
     assert all(torch.equal(row, window[0]) for row in window)
+    assert "3.pt holds torch.float64; converted to torch.float32" in capsys.readouterr().err
     assert torch.equal(window[0], load_window([sampled / "2.pt"], model)[0])
 
 

@@ -59,6 +59,20 @@ def test_sampling_iterations_are_the_published_ones():
         train_sgd.sampling_iterations(5, 6)
 
 
+def test_resume_is_exact_with_dropout_and_workers(folder, tmp_path):
+    """Dropout masks and augmentation are functions of (seed, epoch), so a second epoch needs no first one before it."""
+    def final(name, *epochs):
+        for count in epochs:
+            train_sgd.main(train_sgd.parse_args([
+                "--datasets", "ImageNet", "--data", str(folder), "--arch", "squeezenet1_1", "--batch-size", "4", "--lr",
+                "0.001", "--workers", "1", "--samples-per-epoch", "1", "--device", "cpu", "--save-dir",
+                str(tmp_path / name), "--epochs", str(count), "--resume", "auto"]))
+        return torch.load(tmp_path / name / "2.pt", weights_only=True)
+
+    whole, cut = final("whole", 2), final("cut", 1, 2)
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
 def test_sgd_then_psgd_end_to_end(folder, tmp_path):
     common = ["--datasets", "ImageNet", "--data", str(folder), "--arch", "squeezenet1_1", "--batch-size", "4",
               "--workers", "1", "--device", "cpu", "--save-dir", str(tmp_path)]

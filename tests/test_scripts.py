@@ -108,7 +108,7 @@ def test_resume_ends_where_an_uninterrupted_run_does(sampled, tmp_path, script, 
     def flags(name, epochs):
         save = tmp_path / name if method == "sgd" else sampled
         output = [] if method == "sgd" else ["--output-dir", str(tmp_path / name)]
-        return digits_args(save, *output, *more, "--epochs", str(epochs))
+        return digits_args(save, *output, *more, "--smalldatasets", "0.1", "--epochs", str(epochs))
 
     whole = run(script, *flags("whole", 3))
     run(script, *flags("cut", 2))
@@ -130,6 +130,14 @@ def test_resume_refuses_another_experiment(sampled, tmp_path):
         run(train_psgd, *digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path), "--resume", checkpoint))
     with pytest.raises(utils.InputError, match="there is no checkpoint"):
         run(train_sgd, *digits_args(tmp_path, "--resume", str(tmp_path / "none.pt")))
+
+
+def test_resume_takes_harmless_changes(sampled, tmp_path):
+    """What does not change the experiment may change: more epochs, printing, workers, where the data lie."""
+    run(train_psgd, *digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path), "--epochs", "1"))
+    changed = ["-p", "7", "-j", "2", "--data", "elsewhere", "--save-every", "3", "--epochs", "2", "--resume", "auto"]
+    run(train_psgd, *digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path), *changed))
+    assert [line["epoch"] for line in log_of(tmp_path, "psgd")] == [1, 2]
 
 
 def test_resume_refuses_another_window(sampled, tmp_path):
@@ -204,10 +212,13 @@ def test_start_epoch_numbers_epochs_and_snapshots(tmp_path):
     assert json.loads((tmp_path / "sgd_summary.json").read_text())["snapshots"] == 2
 
 
-@pytest.mark.parametrize("script", ["train_sgd.py", "train_psgd.py", "train_pbfgs.py", "report.py"])
-def test_help_needs_nothing_and_importing_does_nothing(script, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and "example" in done.stdout.lower() and not done.stderr
+def test_help_needs_nothing_and_importing_does_nothing(tmp_path):
+    started = [subprocess.Popen([sys.executable, ROOT / script, "--help"], text=True, cwd=tmp_path,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+               for script in ("train_sgd.py", "train_psgd.py", "train_pbfgs.py", "report.py")]
+    for process in started:
+        out, errors = process.communicate()
+        assert process.returncode == 0 and "example" in out.lower() and not errors
     assert not any(tmp_path.iterdir())
 
 
@@ -224,6 +235,15 @@ def test_official_commands_parse():
     short = train_sgd.parse_args("-a resnet20 -j 2 -b 64 -p 10 --wd 5e-4 --start-epoch 1 --resume x -e --half".split())
     assert (short.arch, short.workers, short.batch_size, short.print_freq) == ("resnet20", 2, 64, 10)
     assert short.weight_decay == 5e-4 and short.evaluate and short.half
+
+
+@pytest.mark.gpu
+def test_deterministic_runs_are_bitwise_equal_on_cuda(tmp_path):
+    for name in ("a", "b"):
+        argv = digits_args(tmp_path / name, "--epochs", "2", "--deterministic")
+        run(train_sgd, *argv, "--device", "cuda")
+    a, b = (torch.load(tmp_path / name / "2.pt", weights_only=True) for name in ("a", "b"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.gpu
