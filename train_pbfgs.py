@@ -38,8 +38,7 @@ def main(args):
         paths = snapshot_paths(args.save_dir, utils.window_indices(args))
         run.take_directory()
     with run.timer("load"):
-        data = datasets.load(args.datasets, args.data, batch_size=args.batch_size, device=device, seed=args.randomseed,
-                             corrupt=args.corrupt, part=args.smalldatasets, workers=args.workers)
+        data = datasets.from_args(args, device)
         model = models.get_model(args.arch, data.classes, args.datasets).to(device)
         if args.evaluate:
             return run.evaluate(model, data)

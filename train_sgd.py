@@ -65,8 +65,7 @@ def main(args):
     if not args.evaluate:
         run.take_directory()
     with run.timer("load"):
-        data = datasets.load(args.datasets, args.data, batch_size=args.batch_size, device=device, seed=args.randomseed,
-                             corrupt=args.corrupt, part=args.smalldatasets, workers=args.workers)
+        data = datasets.from_args(args, device)
         model = models.get_model(args.arch, data.classes, args.datasets, args.pretrained).to(device)
         if args.evaluate:
             return run.evaluate(model, data)

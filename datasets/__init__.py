@@ -67,6 +67,12 @@ def load(name, root, *, batch_size, device, seed, corrupt=0.0, part=None, worker
     return Data(source.classes, train, test)
 
 
+def from_args(args, device):
+    """`load` with what the scripts' flags say."""
+    return load(args.datasets, args.data, batch_size=args.batch_size, device=device, seed=args.randomseed,
+                corrupt=args.corrupt, part=args.smalldatasets, workers=args.workers)
+
+
 def kept_samples(n, part):
     """How many of n training samples --smalldatasets keeps: int(part n)."""
     keep = n if part is None else int(part * n)
