@@ -146,12 +146,15 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ beginning, going on
 
-    def finished(self):
-        """The summary of --resume auto's run if it has been to its end with these arguments; else None."""
-        if self.args.resume != "auto":
-            return None
-        summary = load_json(self.path("summary.json"))
+    def finished(self, snapshots=()):
+        """The summary of --resume auto's run if it has been to its end with these arguments; else None.
+
+        Snapshots written after it (by a sampling run that was started over) make it a result of other ones.
+        """
+        summary = load_json(self.path("summary.json")) if self.args.resume == "auto" else None
         if summary is None or summary.get("epochs") != self.args.epochs or self.changes(summary.get("args", {})):
+            return None
+        if any(path.stat().st_mtime > self.path("summary.json").stat().st_mtime for path in snapshots):
             return None
         print(f"{self.path('summary.json')}: finished before", flush=True)
         print_summary(summary)
@@ -167,7 +170,6 @@ class Run:
         if writes > free:
             print(f"warning: the snapshots need {writes / 1e9:.2f} GB, {self.directory} has {free / 1e9:.2f} GB free",
                   file=sys.stderr, flush=True)
-        save_json(self.path("args.json"), {"command": command_line(), "args": vars(self.args)})
         k = len(explained) if explained else None
         self.facts = {
             "parameters": w.numel(),
@@ -204,14 +206,16 @@ class Run:
 
     def changes(self, then, harmless=frozenset(HARMLESS)):
         """How the arguments differ from `then`, the harmless ones aside: "lr 0.1 -> 0.2, ...", or "" if not at all."""
+        if self.method != "sgd":
+            harmless = harmless - {"save_dir"}  # where the snapshots come from
         return ", ".join(f"{key} {then.get(key)} -> {value}" for key, value in vars(self.args).items()
                          if key not in harmless and value != then.get(key))
 
     def refuse_another_run(self):
-        """Raise InputError if a run of this method with other arguments has left its summary or snapshots here."""
-        kept = [self.path("summary.json"), *([self.directory / "1.pt"] if self.method == "sgd" else [])]
+        """Raise InputError if a run of this method with other arguments has left epochs or snapshots here."""
+        kept = [self.path("log.jsonl"), *([self.directory / "1.pt"] if self.method == "sgd" else [])]
         before = load_json(self.path("args.json"))
-        if before is None or not any(path.is_file() for path in kept):
+        if before is None or not any(path.is_file() and path.stat().st_size for path in kept):
             return
         changed = self.changes(before.get("args", {}), HARMLESS - {"start_epoch"})
         if changed:
@@ -227,19 +231,28 @@ class Run:
         for pattern in (f".{self.method}_*.tmp", *([".[0-9]*.pt.tmp"] if self.method == "sgd" else [])):
             for temporary in self.directory.glob(pattern):  # of a run that was killed while writing
                 temporary.unlink()
+        first, stale = self.args.start_epoch, ["summary.json", "final.pt"]  # they would not go with the new log
         if self.has_checkpoint():
-            path = self.path("checkpoint.pt") if self.args.resume == "auto" else self.args.resume
-            return self.restore(path, model, algorithm)
-        for name in ("summary.json", "final.pt", "checkpoint.pt"):  # they would not go with the new log
+            path = self.path("checkpoint.pt") if self.args.resume == "auto" else Path(self.args.resume)
+            first = self.restore(path, model, algorithm)
+            if path != self.path("checkpoint.pt"):  # --resume auto means this one from now on
+                self.save("checkpoint.pt", self.state(first, model, algorithm))
+        else:
+            stale.append("checkpoint.pt")
+        save_json(self.path("args.json"), {"command": command_line(), "args": vars(self.args)})
+        for name in stale:
             self.path(name).unlink(missing_ok=True)
-        write_atomically(self.path("log.jsonl"), b"")
-        return self.args.start_epoch
+        self.write_log()
+        return first
+
+    def write_log(self):
+        write_atomically(self.path("log.jsonl"), "".join(json.dumps(line) + "\n" for line in self.log).encode())
 
     def restore(self, path, model, algorithm):
-        """Load a checkpoint and cut the log back to it; returns the epoch to go on with, counted from 0."""
+        """Load a checkpoint, the log as it was then included; returns the epoch to go on with, counted from 0."""
         state = load_file(path, "checkpoint (--resume)")
-        keys = {"epoch", "model", "seconds", "algorithm", "log", "facts", "args"}
-        if state.get("method") != self.method or keys - state.keys():
+        kinds = {"epoch": int, "log": list, **dict.fromkeys(("model", "seconds", "algorithm", "facts", "args"), dict)}
+        if state.get("method") != self.method or not all(isinstance(state.get(k), kind) for k, kind in kinds.items()):
             raise InputError(f"--resume {path} is not a checkpoint of this script ({self.method}_checkpoint.pt)")
         changed = self.changes(state["args"])
         if changed:
@@ -247,16 +260,17 @@ class Run:
         if state["epoch"] > self.args.epochs:
             raise InputError(f"--resume {path} is past --epochs {self.args.epochs}: it has {state['epoch']}")
         shares = [facts["explained_variance"] for facts in (state["facts"], self.facts)]
-        if shares[0] and not np.allclose(*(share["per_component"] for share in shares), rtol=1e-4):
+        if shares[0] and not np.allclose(*(share["per_component"] for share in shares), rtol=1e-6):
             raise InputError(f"--resume {path} is of another window: the snapshots in --save-dir span another subspace")
         load_model(model, state["model"], path)
-        algorithm.load_state_dict(state["algorithm"])
+        try:
+            algorithm.load_state_dict(state["algorithm"])
+            for name in self.seconds:
+                self.seconds[name] += state["seconds"][name]
+            self.start -= state["seconds"]["total"]
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise InputError(f"--resume {path} is damaged: {error!r}"[:300]) from error
         self.log = state["log"]
-        for name in self.seconds:
-            self.seconds[name] += state["seconds"][name]
-        self.start -= state["seconds"]["total"]
-        self.path("summary.json").unlink(missing_ok=True)
-        write_atomically(self.path("log.jsonl"), "".join(json.dumps(line) + "\n" for line in self.log).encode())
         print(f"resumed from {path} after epoch {state['epoch']}", flush=True)
         return state["epoch"]
 
@@ -324,6 +338,7 @@ class Run:
             "git_revision": git_revision(),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        self.write_log()  # on the disk for certain before the summary is
         save_json(self.path("summary.json"), summary)
         print_summary(summary)
         return summary

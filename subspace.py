@@ -84,8 +84,8 @@ def read_snapshot(path: Path, model: nn.Module) -> dict[str, Tensor]:
             raise InputError(
                 f"snapshot {path} is of another --arch or number of classes: {name} is {there}, the network's {here}"
             )
-        if not torch.isfinite(state[name]).all():
-            raise InputError(f"snapshot {path}: {name} holds NaN or infinite values")
+        if state[name].layout != torch.strided or not torch.isfinite(state[name].float()).all():
+            raise InputError(f"snapshot {path}: {name} holds NaN or infinite values, or is no plain float32 tensor")
     return state
 
 

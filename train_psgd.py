@@ -26,11 +26,11 @@ def parse_args(argv=None):
 
 def main(args):
     run = runs.Run("psgd", args)
-    if (summary := run.finished()) is not None:
+    paths = [] if args.evaluate else snapshot_paths(args.save_dir, utils.window_indices(args))
+    if (summary := run.finished(paths)) is not None:
         return summary
     device = utils.set_up(args)
     if not args.evaluate:
-        paths = snapshot_paths(args.save_dir, utils.window_indices(args))
         run.take_directory()
     with run.timer("load"):
         data = datasets.from_args(args, device)

@@ -70,11 +70,14 @@ def run_script(parse_args, main):
     name = Path(sys.argv[0]).name
     try:
         main(args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python flushes into it once more
+        sys.exit(f"{name}: error: nobody reads this run's output any more; stopped, --resume auto goes on")
     except Stopped as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(128 + error.number)
     except KeyboardInterrupt:
-        print(f"{name}: stopped by SIGINT before training", file=sys.stderr)
+        print(f"{name}: stopped by SIGINT at once; --resume auto goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except InputError as error:
         sys.exit(f"{name}: error: {' '.join(str(error).split())}")
@@ -391,10 +394,17 @@ def fit(run, model, w, data, update, *, schedule, algorithm, statistics=None, af
                 path = run.save("checkpoint.pt", good)
                 raise InputError(
                     f"epoch {epoch + 1}: {error}; stopped there, the state before this epoch is in {path}; "
-                    f"try a smaller --lr{', or without --half' if args.half else ''}"
+                    f"try a smaller --lr{', or without --half,' if args.half else ''} in another {run.flag}"
                 ) from error
+            except Exception:  # a corrupt image, no more memory, ...: an epoch may be lost, the ones before are not
+                with contextlib.suppress(InputError):  # nor is the reason, if it was the disk
+                    run.save("checkpoint.pt", good)
+                raise
             run.log_epoch(epoch, lr, train, test, train_time.seconds, statistics() if statistics else {})
             if (epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs:
                 run.save("checkpoint.pt", run.state(epoch + 1, model, algorithm))
         run.save("final.pt", model.state_dict())
-        return run.finish()
+        summary = run.finish()
+        if signals.number:  # too late to stop this run, but not what would follow it
+            raise Stopped(signals.number, "after its last epoch; the run is finished")
+        return summary

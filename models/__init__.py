@@ -3,6 +3,7 @@
 A new family is a file with a dict MODELS (name -> constructor taking num_classes) and a line in SMALL below.
 """
 import difflib
+import pickle
 
 from models import resnet_cifar
 from utils import InputError
@@ -53,6 +54,10 @@ def get_model(arch, num_classes, dataset="CIFAR10", pretrained=False):
     if num_classes != 1000:
         raise InputError(f"--pretrained: torchvision's weights have 1000 classes, --data has {num_classes}")
     try:
-        return tv_models.get_model(arch, weights="DEFAULT")
-    except OSError as error:
-        raise InputError(f"--pretrained: the weights of {arch} could not be downloaded ({error})") from error
+        # torchvision itself would unpickle them freely, even from a cache that somebody else has written to
+        weights = tv_models.get_model_weights(arch).DEFAULT.get_state_dict(weights_only=True, check_hash=True)
+        model = tv_models.get_model(arch, weights=None)
+        model.load_state_dict(weights)
+        return model
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise InputError(f"--pretrained: the weights of {arch} could not be had ({error})") from error

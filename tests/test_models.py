@@ -69,6 +69,24 @@ def test_pretrained_needs_the_weights_own_classes():
         models.get_model("resnet18", 10, "ImageNet", pretrained=True)
 
 
+def test_pretrained_weights_are_loaded_without_unpickling(monkeypatch):
+    import torchvision.models._api as tv_api
+
+    wanted = models.get_model("squeezenet1_1", 1000, "ImageNet").state_dict()
+    asked = {}
+    monkeypatch.setattr(tv_api, "load_state_dict_from_url", lambda url, **options: asked.update(options) or wanted)
+    model = models.get_model("squeezenet1_1", 1000, "ImageNet", pretrained=True)
+    assert asked == {"weights_only": True, "check_hash": True}
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+
+    def unreachable(url, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(tv_api, "load_state_dict_from_url", unreachable)
+    with pytest.raises(InputError, match="--pretrained: the weights of squeezenet1_1 could not be had .no network"):
+        models.get_model("squeezenet1_1", 1000, "ImageNet", pretrained=True)
+
+
 def test_registry_lists_what_it_builds():
     assert set(models.list_models("CIFAR100")) == set(COUNTS)
     assert {"resnet18", "vit_b_16"} < set(models.list_models("ImageNet"))

@@ -1,5 +1,6 @@
 """The three scripts end to end on real digits, through main(parse_args([...])): files, numbers, resume, evaluation."""
 import json
+import shutil
 import subprocess
 import sys
 
@@ -142,16 +143,24 @@ def test_resume_takes_harmless_changes(sampled, tmp_path):
 
 def test_resume_refuses_another_window(sampled, tmp_path):
     """The same flags, but the snapshots are of another run: theta would mean other parameters."""
-    run(train_psgd, *digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path), "--epochs", "1"))
     other = tmp_path / "other"
     other.mkdir()
     for i in range(6):
-        state = torch.load(sampled / f"{i}.pt", weights_only=True)
+        shutil.copy(sampled / f"{i}.pt", other)
+    flags = digits_args(other, *WINDOW, "--output-dir", str(tmp_path / "out"), "--resume", "auto", "--epochs")
+    run(train_psgd, *flags, "1")
+    finished = (tmp_path / "out" / "psgd_summary.json").stat().st_mtime_ns
+    for i in range(6):
+        state = torch.load(other / f"{i}.pt", weights_only=True)
         state["conv1.weight"] = state["conv1.weight"] * (1 + 0.1 * i)
         torch.save(state, other / f"{i}.pt")
-    resume = ["--epochs", "2", "--resume", str(tmp_path / "psgd_checkpoint.pt")]
-    with pytest.raises(utils.InputError, match="is of another window"):
-        run(train_psgd, *digits_args(other, *WINDOW, "--output-dir", str(tmp_path), *resume))
+    for epochs in "12":  # neither finished before, nor to go on with
+        with pytest.raises(utils.InputError, match="is of another window"):
+            run(train_psgd, *flags, epochs)
+    assert finished == (tmp_path / "out" / "psgd_summary.json").stat().st_mtime_ns  # and nothing lost
+    flags[flags.index(str(other))] = str(sampled)
+    with pytest.raises(utils.InputError, match="other arguments .save_dir"):
+        run(train_psgd, *flags, "2")
 
 
 def test_device_names(monkeypatch):
