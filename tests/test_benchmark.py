@@ -11,8 +11,8 @@ def test_benchmark_runs_on_a_small_window(sampled, tmp_path, capsys):
     spec.loader.exec_module(benchmark)
     path = tmp_path / "new" / "benchmark.json"
     benchmark.main(benchmark.parse_args([
-        "--save-dir", str(sampled), "--arch", "resnet8", "--params_end", "6", "--n_components", "3", "--batch-size", "16",
-        "--runs", "2", "--device", "cpu", "--json", str(path)]))
+        "--save-dir", str(sampled), "--arch", "resnet8", "--params_end", "6", "--n_components", "3",
+        "--batch-size", "16", "--runs", "2", "--device", "cpu", "--json", str(path)]))
     assert "P-BFGS iteration, resnet8, batch 16" in capsys.readouterr().out
     result = json.loads(path.read_text())
     assert result["basis"]["window"] == [6, 75_290] and len(result["basis"]["seconds"]) == 2
