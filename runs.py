@@ -66,7 +66,7 @@ def load_file(path, what):
         raise InputError(f"{path}: there is no {what} at this path") from error
     except Exception as error:  # whatever a truncated, foreign or hostile file provokes
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{what} {path} cannot be read: {reason[:200]}") from error
+        raise InputError(f"{what} {path} cannot be read: {reason[:200]} (truncated, or not by torch.save?)") from error
     if not isinstance(value, dict):
         raise InputError(f"{what} {path} holds a {type(value).__name__}, not a dict")
     return value

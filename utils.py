@@ -277,7 +277,7 @@ def set_up(args):
 def keep_freed_memory():
     """Let glibc keep the activations that a step frees for the next one, in place of returning them to the kernel.
 
-    Faulting them in again took half of a step: ResNet-20 at batch 1024 on two cores, 2.4 s with and 1.2 s without.
+    Faulting them in again took half of a step: ResNet-20 at batch 1024 on two cores, 2.4 s, and 1.2 s without it.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from utils import InputError
 
-# on a CPU activations of 128 images stay in the cache (20% faster than 1000); a GPU wants to be filled
+# on a CPU activations of 128 images stay in the cache (1.17 times faster than 1000); a GPU wants to be filled
 EVALUATION_BATCH = {"cpu": 128, "cuda": 2000}
 
 

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import DOUBLE, mlp, tensors
 from torch import nn
 
 import datasets
@@ -17,23 +18,7 @@ import models
 import utils
 from subspace import ProjectedBFGS, armijo, bfgs_update, flat_parameters, frozen_statistics
 
-DOUBLE = torch.float64
-
 # ------------------------------------------------------------------------------------------------------ helpers
-
-
-def mlp(w0, dtype=DOUBLE):
-    """The oracle's network in torch, at w0, and its flat parameters."""
-    model = nn.Sequential(
-        nn.Linear(oracle.FEATURES, oracle.HIDDEN), nn.Tanh(), nn.Linear(oracle.HIDDEN, oracle.CLASSES)
-    ).to(dtype)
-    w = flat_parameters(model)
-    w.copy_(torch.from_numpy(w0))
-    return model, w
-
-
-def tensors(batches, dtype=DOUBLE):
-    return [(torch.from_numpy(x).to(dtype), torch.from_numpy(y)) for x, y in batches]
 
 
 def train(model, w, pbfgs, batches, accumulate=1):

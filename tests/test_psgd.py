@@ -7,28 +7,12 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from networks import mlp, tensors
 
 import models
 import train_psgd
 import utils
 from subspace import ProjectedSGD, flat_parameters
-
-DOUBLE = torch.float64
-
-
-def mlp(w0, dtype=DOUBLE):
-    """The oracle's network in torch, at w0, and its flat parameters."""
-    model = nn.Sequential(
-        nn.Linear(oracle.FEATURES, oracle.HIDDEN), nn.Tanh(), nn.Linear(oracle.HIDDEN, oracle.CLASSES)
-    ).to(dtype)
-    w = flat_parameters(model)
-    w.copy_(torch.from_numpy(w0))
-    return model, w
-
-
-def tensors(batches, dtype=DOUBLE):
-    return [(torch.from_numpy(x).to(dtype), torch.from_numpy(y)) for x, y in batches]
 
 
 def train(model, w, step, batches, accumulate=1):
