@@ -8,12 +8,13 @@ Example:
   python report.py runs/quick --table runs/quick/table.md --figure runs/quick/figure.png
 """
 import argparse
+import io
 import json
 import statistics
 from pathlib import Path
 
-import runs
 import utils
+from runs import HARMLESS, write_atomically
 
 # method -> label and colour (Okabe and Ito's palette, safe for colour-blind readers)
 STYLES = {"sgd": ("SGD", "#000000"), "pbfgs": ("P-BFGS", "#0072B2"), "psgd": ("P-SGD", "#D55E00")}
@@ -55,7 +56,7 @@ def label(run):
 
 def setting(run):
     """What a row is: everything that was chosen, but for the seed."""
-    args = {key: value for key, value in run["args"].items() if key not in {"randomseed", *runs.HARMLESS}}
+    args = {key: value for key, value in run["args"].items() if key not in {"randomseed", *HARMLESS}}
     return json.dumps([run["method"], run["epochs"], args], sort_keys=True)
 
 
@@ -97,13 +98,11 @@ def table(runs):
 
 def figure(runs, path):
     """Test accuracy against epoch and against seconds of training, one line per run, one colour per method."""
-    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import matplotlib.ticker
-
-    fig, (by_epoch, by_time) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    fig = Figure(figsize=(9, 3.6), layout="constrained")
+    by_epoch, by_time = fig.subplots(1, 2, sharey=True)
     for run in runs:
         log, (_, colour) = run["log"], STYLES[run["method"]]
         accuracy = [line["test_accuracy"] for line in log]
@@ -113,7 +112,7 @@ def figure(runs, path):
             text = None  # another seed of a run that the legend has already
         by_epoch.plot([line["epoch"] for line in log], accuracy, color=colour, label=text, marker=".", markersize=4)
         by_time.plot(elapsed, accuracy, color=colour, label=text, marker=".", markersize=4)
-    by_epoch.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_epoch.set(xlabel="epoch", ylabel="test accuracy (%)")
     by_time.set(xlabel="seconds of training, basis included")
     titles = {f"{run['dataset']}, {run['arch']}" for run in runs}
@@ -121,8 +120,9 @@ def figure(runs, path):
     for axes in (by_epoch, by_time):
         axes.grid(alpha=0.3)
     by_epoch.legend(frameon=False, loc="lower right", fontsize=8)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    image = io.BytesIO()
+    fig.savefig(image, dpi=150, format=Path(path).suffix[1:] or None)
+    write_atomically(Path(path), image.getbuffer())
 
 
 def main(args):
@@ -131,7 +131,7 @@ def main(args):
     print(text, end="")
     try:
         if args.table:
-            Path(args.table).write_text(text)
+            write_atomically(Path(args.table), text.encode())
         if args.figure:
             figure(runs, args.figure)
             print(f"figure: {args.figure}")

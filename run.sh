@@ -29,11 +29,26 @@ environment() {
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
 }
 
-# run a script with the console's lines appended to $log too; tee outlives a Ctrl-C, the script has a last line to say
+# run a script with the console's lines appended to $log too; a signal to this shell (or its process group, which the
+# script is not in) is passed on to the script once, and waited for; tee outlives it for the script's last line
 stage() {
     [[ $1 != train_* || ${FORCE:-0} == 1 ]] || set -- "$@" --resume auto
     echo "+ python $*" | tee -a "$log"
-    "$python" -u "$@" |& (trap '' INT TERM; exec tee -a "$log")
+    local out tee child status=0
+    exec {out}> >(trap '' INT TERM HUP; exec tee -a "$log")
+    tee=$!
+    set -m # a process group of its own
+    "$python" -u "$@" >&"$out" 2>&1 &
+    child=$!
+    set +m
+    trap 'kill -TERM $child' TERM HUP
+    trap 'kill -INT $child' INT
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do status=0; wait "$child" || status=$?; done # a signal ends a wait early
+    trap - TERM HUP INT
+    exec {out}>&-
+    wait "$tee" || true
+    ((status == 0)) || exit "$status"
 }
 
 demo() {

@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
+import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -58,10 +60,16 @@ def save_json(path, value):
 def load_file(path, what):
     """A dict of tensors and plain values from a file; raises InputError that says what was looked for and why not.
 
-    Only tensors and plain values are unpickled: a file from elsewhere cannot run code.
+    Only tensors and plain values are unpickled: a file from elsewhere cannot run code. torch.save's checksums, which
+    torch.load ignores, are compared: a flipped bit is found out wherever it is.
     """
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # the official release's older format is not
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged!r} in it is damaged")
+        with warnings.catch_warnings(action="ignore"):  # torch's guesses about files that are none
+            value = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path}: there is no {what} at this path") from error
     except Exception as error:  # whatever a truncated, foreign or hostile file provokes
@@ -164,15 +172,17 @@ class Run:
         """Say what is trained, and keep it for the summary.
 
         `explained`: the variance shares of the basis, if any. `writes`: bytes of the snapshots to come; a disk too
-        small for them is warned of.
+        small for them and the checkpoints is warned of.
         """
         free = shutil.disk_usage(self.directory).free
+        writes += 6 * w.nbytes  # network and optimiser in a checkpoint, while the next one is written; final network
         if writes > free:
-            print(f"warning: the snapshots need {writes / 1e9:.2f} GB, {self.directory} has {free / 1e9:.2f} GB free",
+            print(f"warning: this run writes {writes / 1e6:,.0f} MB, {self.directory} has {free / 1e6:,.0f} MB free",
                   file=sys.stderr, flush=True)
         k = len(explained) if explained else None
         self.facts = {
             "parameters": w.numel(),
+            "data": {"classes": data.classes, "training": data.train.samples, "test": data.test.samples},
             "parameters_trained": k or w.numel(),
             "n_components": k,
             "snapshots": snapshots,
@@ -259,6 +269,9 @@ class Run:
             raise InputError(f"--resume {path} is of another experiment: {changed}")
         if state["epoch"] > self.args.epochs:
             raise InputError(f"--resume {path} is past --epochs {self.args.epochs}: it has {state['epoch']}")
+        if state["facts"].get("data") != self.facts["data"]:  # --data may name another place, but not other data
+            raise InputError(f"--resume {path} is of other data: {state['facts'].get('data')}, in --data now "
+                             f"{self.facts['data']}")
         shares = [facts["explained_variance"] for facts in (state["facts"], self.facts)]
         if shares[0] and not np.allclose(*(share["per_component"] for share in shares), rtol=1e-6):
             raise InputError(f"--resume {path} is of another window: the snapshots in --save-dir span another subspace")

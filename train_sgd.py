@@ -82,6 +82,8 @@ def main(args):
 
     def save_snapshot(epoch, iteration):
         if iteration in due:
+            if not torch.isfinite(w).all():
+                raise utils.NonFiniteLoss(f"the parameters are not finite after iteration {iteration}")
             index = epoch * len(due) + due.index(iteration) + 1
             runs.save_tensors(run.directory / f"{index}.pt", model.state_dict())
 

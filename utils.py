@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,11 @@ from tqdm import tqdm
 
 class InputError(Exception):
     """Something the user can put right. Its message is one line that names the flag or file and what to do."""
+
+
+def one_line(error):
+    """An error's text as a single printable line; file names may hold anything."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).split()))
 
 
 class NonFiniteLoss(Exception):
@@ -35,10 +41,11 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """In here SIGTERM and Ctrl-C are only noted, and raise Stopped between two batches; a second one acts at once."""
+    """In here SIGTERM and Ctrl-C are only noted, and raise Stopped between two batches; a second one acts at once,
+    unless it comes within a second: a scheduler may tell the process and its parent, which passes it on."""
 
     def __enter__(self):
-        self.number, self.before = None, {}
+        self.number, self.since, self.before = None, 0.0, {}
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -48,8 +55,11 @@ class StopSignals:
             signal.signal(number, handler)
 
     def note(self, number, frame):
-        self.number = number
-        signal.signal(number, self.before[number])
+        now = time.monotonic()
+        if self.number and now - self.since > 1:
+            signal.signal(number, self.before[number])
+            signal.raise_signal(number)
+        self.number, self.since = number, self.since or now
 
     def watch(self, batches):
         """The batches, until a signal comes."""
@@ -80,7 +90,18 @@ def run_script(parse_args, main):
         print(f"{name}: stopped by SIGINT at once; --resume auto goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except InputError as error:
-        sys.exit(f"{name}: error: {' '.join(str(error).split())}")
+        sys.exit(f"{name}: error: {one_line(error)}")
+    except OSError as error:
+        if not error.filename:
+            raise
+        sys.exit(f"{name}: error: {one_line(error.filename)}: {error.strerror}")
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in reason:
+            sys.exit(f"{name}: error: out of memory: try a smaller --batch-size, with --accumulate ({reason})")
+        if "deterministic" in reason:
+            sys.exit(f"{name}: error: --deterministic does not go with this --arch on this --device: {reason}")
+        raise
 
 
 # ------------------------------------------------------------------------------------------------------------ flags

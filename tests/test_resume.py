@@ -194,7 +194,7 @@ def test_a_full_disk_names_file_and_bytes_and_keeps_what_was_saved(sampled, smal
     """A snapshot of resnet8 has 0.3 MB: the fourth does not fit."""
     with pytest.raises(InputError, match=r"/3\.pt cannot be written \(3\d\d,\d{3} bytes\): No space left on device"):
         train_sgd.main(train_sgd.parse_args(argv("sgd", sampled, small_disk, "--save-every", "100")))
-    assert re.search(r"warning: the snapshots need 0.00 GB, .* has 0.00 GB free", capsys.readouterr().err)
+    assert re.search(r"warning: this run writes 3 MB, .* has 1 MB free", capsys.readouterr().err)
     assert sorted(path.name for path in small_disk.glob("*.pt")) == ["0.pt", "1.pt", "2.pt"]
     assert all(runs.load_file(path, "snapshot") for path in small_disk.glob("*.pt"))
     assert not list(small_disk.glob(".*.tmp"))

@@ -1,6 +1,7 @@
 """run.sh with a stand-in for python that notes its arguments: stages, their order, and how a failure ends it."""
 import os
 import shlex
+import signal
 import subprocess
 
 import pytest
@@ -80,6 +81,31 @@ def test_stages_go_on_where_they_stopped_unless_forced(shell):
     assert [call[-2:] == ["--resume", "auto"] for call in calls] == [True, True, True, False]
     _, calls = shell("quick", FORCE="1")
     assert not any("--resume" in call for call in calls)
+
+
+@pytest.mark.parametrize("name, to", [("TERM", os.kill), ("TERM", os.killpg), ("INT", os.killpg), ("HUP", os.kill)])
+def test_a_signal_reaches_the_script_once_and_its_last_words_are_kept(tmp_path, name, to):
+    """Sent to the shell alone (a scheduler) or to its process group (a terminal): not an orphan that trains on."""
+    stub = tmp_path / "python"
+    stub.write_text("""#!/bin/bash
+        [[ $1 == -c ]] && exit 0
+        noted() { echo "got $1"; got+=$1; }
+        trap 'noted TERM' TERM; trap 'noted INT' INT
+        echo ready
+        for i in {1..100}; do sleep 0.05; [[ -z $got ]] || break; done
+        sleep 0.3
+        echo "last words after $got"; exit 77
+    """)
+    stub.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(stub), "SAVE_ROOT": str(tmp_path)}
+    shell = subprocess.Popen([ROOT / "run.sh", "quick"], env=env, stdout=subprocess.PIPE, text=True,
+                             start_new_session=True)
+    assert shell.stdout.readline().startswith("+ python train_sgd.py") and shell.stdout.readline() == "ready\n"
+    to(shell.pid, getattr(signal, f"SIG{name}"))
+    out, _ = shell.communicate(timeout=30)
+    got = "INT" if name == "INT" else "TERM"
+    assert shell.returncode == 77 and out.split("\n") == [f"got {got}", f"last words after {got}", ""]
+    assert out in (tmp_path / "quick" / "log").read_text()
 
 
 def test_unknown_command_is_usage(shell):

@@ -1,0 +1,251 @@
+"""Random command lines and damaged files: each ends well, or in one line and exit status 1 or 2; never in a traceback.
+
+A damaged file must be refused, or give the very values that were saved: training on other ones would be a lie.
+"""
+import contextlib
+import io
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import datasets
+import models
+import report
+import train_pbfgs
+import train_psgd
+import train_sgd
+import utils
+from subspace import load_window
+from utils import InputError
+
+COMMAND_LINES, SNAPSHOTS, ARRAYS = 200, 200, 100
+QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+
+def cases(n):
+    """n cases, the same ones in every run of the suite."""
+    return settings(max_examples=n, deadline=None, derandomize=True, database=None, suppress_health_check=QUIET)
+
+
+# ---------------------------------------------------------------------------------------------------- command lines
+
+HUGE = "9" * 30
+WORDS = ["", "x", "-1", "0", "1", "nan", "inf", "1e400", "--", "-h", HUGE, "ä", "../..", "a b", "n" * 300,
+         "\udcff"]  # the last: a byte that is not UTF-8
+FLAGS = {  # a flag -> the values that might follow it; None is none
+    "--datasets": ["digits", "digit", "ImageNet", "CIFAR10"],
+    "--arch": ["resnet8", "resnet7", "squeezenet", "vgg"],
+    "-b": ["64", "7", "100000"], "--lr": ["0.1", "1e38", "0"], "--epochs": ["0", "1", "2"],
+    "--start-epoch": ["0", "1", "5"], "--accumulate": ["1", "2", "9"], "--randomseed": ["0", "7"],
+    "--corrupt": ["0", "0.5", "1"], "--workers": ["0"], "--device": ["cpu", "auto", "cuda:7", "mps"],
+    "--resume": ["auto", "nowhere.pt", "SAMPLED/0.pt", "SAMPLED/sgd_checkpoint.pt"], "--save-every": ["1", "3"],
+    "--print-freq": ["1"], "--evaluate": [None], "--half": [None], "--deterministic": [None],
+    "--save-dir": ["SAMPLED", "NEW", "FILE", "FILE/below"], "--data": ["NEW", "FILE", "BAD"],
+}
+SUBSPACE = {"--n_components": ["1", "3", "5", "6"], "--params_start": ["0", "1", "4"], "--params_end": ["6", "5", "7"],
+            "--params_step": ["1", "2"], "--output-dir": ["NEW", "FILE", "SAMPLED"]}
+OF_SCRIPT = {
+    train_sgd: {"--optimizer": ["sgd", "adam", "lion"], "--momentum": ["0.9"], "--wd": ["1e-4"],
+                "--milestones": ["1", "0"], "--pretrained": [None], "--samples-per-epoch": ["1", "2", "50"]},
+    train_psgd: {**SUBSPACE, "--momentum": ["0.5"], "--milestones": ["1"]},
+    train_pbfgs: {**SUBSPACE, "--alpha": ["0.01", "1e38"], "--gamma": ["0.5"]},
+    report: {"--table": ["NEW/t.md", "FILE/t.md", "t"], "--figure": ["NEW/f.png", "FILE/f.png", "f.xyz"]},
+}
+
+
+@st.composite
+def command_lines(draw):
+    """(script, arguments), the directories by name. Most values are valid, so that some lines get far."""
+    script = draw(st.sampled_from(list(OF_SCRIPT)))
+    if script is report:
+        flags, argv = OF_SCRIPT[script], [draw(st.sampled_from(["SAMPLED", "NEW", "FILE", "--"]))]
+    else:
+        flags = {**FLAGS, **OF_SCRIPT[script]}
+        argv = ["--datasets", "digits", "--arch", "resnet8", "--smalldatasets", "0.05", "--epochs", "1", "--device",
+                "cpu", "--save-dir", "NEW" if script is train_sgd else "SAMPLED"]
+        if script is not train_sgd:
+            argv += ["--params_end", "6", "--n_components", "3", "--output-dir", "NEW"]
+    for flag in draw(st.lists(st.sampled_from(sorted(flags)), max_size=4)):
+        usual = st.sampled_from(flags[flag])
+        value = draw(st.one_of(usual, usual, usual, st.sampled_from(WORDS)))
+        if flag == "--epochs" and value == HUGE:
+            continue  # a valid wish, and a long one
+        argv += [flag] if value is None else [flag, value]
+    return script, argv + draw(st.sampled_from([[], [], [], ["--no-such-flag"], ["stray"]]))
+
+
+def outcome(script, argv):
+    """Run the script as its command line would; returns (exit status, lines of its error message)."""
+    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()  # real streams refuse what is not UTF-8
+    status, message = 0, ""
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
+        try:
+            utils.run_script(script.parse_args, script.main)
+        except SystemExit as stop:
+            status = 1 if isinstance(stop.code, str) else stop.code or 0
+            message = stop.code if isinstance(stop.code, str) else err.getvalue()
+    return status, message.strip().splitlines()
+
+
+def test_command_lines(sampled, tmp_path):
+    places = {"SAMPLED": sampled, "NEW": tmp_path / "new", "FILE": tmp_path / "file", "BAD": tmp_path / "bad"}
+    places["FILE"].write_text("in the way")
+    places["BAD"].mkdir()
+    (places["BAD"] / "cifar10.npz").write_bytes(b"PK\x03\x04 not really")
+    statuses = []
+
+    @cases(COMMAND_LINES)
+    @given(command_lines())
+    def check(case):
+        script, argv = case
+        shutil.rmtree(places["NEW"], ignore_errors=True)
+        for name, path in places.items():
+            argv = [argument.replace(name, str(path)) for argument in argv]
+        status, lines = outcome(script, argv)
+        statuses.append(status)
+        assert status in (0, 1, 2)
+        assert status == 0 or len(lines) == 1 and " error: " in lines[0]
+
+    before = {path.name: path.read_bytes() for path in sampled.iterdir()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "download", refuse)  # what is tested does not depend on the network
+        patch.chdir(tmp_path)
+        check()
+    assert len(statuses) >= COMMAND_LINES and {0, 1, 2} <= set(statuses)
+    assert all((sampled / name).read_bytes() == content for name, content in before.items() if name[0].isdigit())
+
+
+def refuse(name, root, hint):
+    raise InputError(f"--data {root}: {name} is not there; {hint}")
+
+
+# ------------------------------------------------------------------------------------------------------ damaged files
+
+
+@st.composite
+def damages(draw):
+    """A function bytes -> damaged bytes: cut, with bytes changed, with a stretch lost or put in, or of zeros."""
+    kind = draw(st.sampled_from(["cut", "cut", "change", "change", "change", "lose", "insert", "zero"]))
+    places = draw(st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=4))
+    fiftieth, mask, length = draw(st.integers(0, 49)), draw(st.integers(1, 255)), draw(st.integers(1, 5000))
+
+    def damage(data):
+        data, at = bytearray(data), int(places[0] * len(data))
+        if kind == "cut":
+            return bytes(data[: len(data) * fiftieth // 50])
+        if kind == "change":
+            for place in places:
+                # every other one near the end, where a zip file has its table of contents
+                data[-1 - int(place * 2000) if mask % 2 else int(place * len(data))] ^= mask
+        elif kind == "lose":
+            del data[at : at + length]
+        elif kind == "insert":
+            data[at:at] = bytes([mask]) * length
+        else:
+            data[at : at + length] = bytes(len(data[at : at + length]))
+        return bytes(data)
+
+    damage.__name__ = f"{kind}_{fiftieth}_{mask}_{length}_{places}"
+    return damage
+
+
+def test_snapshots(sampled, tmp_path):
+    model = models.get_model("resnet8", 10)
+    paths = [tmp_path / f"{i}.pt" for i in range(2)]
+    for path in paths:
+        shutil.copy(sampled / path.name, path)
+    intact, whole = load_window(paths, model).clone(), paths[1].read_bytes()
+    refused = 0
+
+    @cases(SNAPSHOTS)
+    @given(damages())
+    def check(damage):
+        nonlocal refused
+        paths[1].write_bytes(damage(whole))
+        try:
+            window = load_window(paths, model)
+        except InputError as error:
+            refused += 1
+            assert str(paths[1]) in str(error)
+        else:
+            assert torch.equal(window, intact)
+
+    check()
+    assert refused > SNAPSHOTS // 2
+
+
+def test_every_fiftieth_of_a_snapshot_is_refused(sampled, tmp_path):
+    model, whole = models.get_model("resnet8", 10), (sampled / "1.pt").read_bytes()
+    for fiftieth in range(50):
+        (tmp_path / "1.pt").write_bytes(whole[: len(whole) * fiftieth // 50])
+        with pytest.raises(InputError, match=r"snapshot .*1\.pt cannot be read"):
+            load_window([tmp_path / "1.pt"], model)
+
+
+SHAPES = st.sampled_from([(20, 32, 32, 3), (20, 32, 32, 3), (20, 3, 32, 32), (20, 32, 32), (0, 32, 32, 3), (20,), ()])
+DTYPES = st.sampled_from(["u1", "u1", "u1", "f4", "i8", "O", "U3", "M8[s]", "c16"])
+
+
+@st.composite
+def archives(draw):
+    """Arrays of a data set as somebody might have stored them: wrong shapes, types, labels, names."""
+    arrays = {}
+    for split in ("train", "test"):
+        arrays[f"x_{split}"] = np.zeros(draw(SHAPES), dtype=draw(DTYPES))
+        labels = draw(st.lists(st.integers(-1, 10), min_size=20, max_size=20))
+        arrays[f"y_{split}"] = np.array(labels, dtype=draw(st.sampled_from(["i8", "i8", "i4", "f8", "O", "i8"])))
+    for name in draw(st.lists(st.sampled_from(sorted(arrays)), max_size=1)):
+        arrays[name.upper()] = arrays.pop(name)
+    return arrays
+
+
+def read_cifar10(directory):
+    return datasets.SOURCES["CIFAR10"].read(directory)
+
+
+def test_arrays(tmp_path):
+    """Half of the cases damage a good file, half store arrays that may be wrong."""
+    path, rng = tmp_path / "cifar10.npz", np.random.default_rng(0)
+    good = {"x_train": rng.integers(0, 256, (20, 32, 32, 3), np.uint8), "y_train": rng.integers(0, 10, 20)}
+    good |= {"x_test": good["x_train"][:5], "y_test": good["y_train"][:5]}
+    np.savez(path, **good)
+    whole, refused = path.read_bytes(), 0
+
+    def check(then):
+        nonlocal refused
+        try:
+            arrays = read_cifar10(tmp_path)
+        except InputError as error:
+            refused += 1
+            assert str(path) in str(error)
+        else:
+            then(arrays)
+
+    @cases(ARRAYS // 2)
+    @given(damages())
+    def damaged(damage):
+        path.write_bytes(damage(whole))
+        check(lambda arrays: [np.testing.assert_array_equal(a, good[key]) for a, key in zip(arrays, good, strict=True)])
+
+    @cases(ARRAYS // 2)
+    @given(archives())
+    @example({"x_train": np.zeros((20, 32, 32, 3), np.uint8), "y_train": np.arange(20) % 10,
+              "x_test": np.zeros((2, 32, 32, 3), np.uint8), "y_test": np.array([0, 9])})
+    def stored(arrays):
+        def valid(read):
+            for images, labels in (read[:2], read[2:]):
+                assert images.shape == (len(labels), 32, 32, 3) and images.dtype == np.uint8
+                assert len(labels) and 0 <= labels.min() <= labels.max() <= 9
+
+        np.savez(path, **arrays)
+        check(valid)
+
+    damaged()
+    stored()
+    assert refused > ARRAYS // 2
