@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # ./run.sh          the paper's CIFAR demo: SGD, then P-BFGS and P-SGD in the subspace of its trajectory, for each model
 #                   DATASETS="CIFAR10" (or CIFAR100), MODELS="resnet20 ...", CORRUPT=0 (label noise), SAVE_ROOT=.
+# ./run.sh cifar100 the same on CIFAR-100 for eleven networks of the zoo, into one table; MODELS, CORRUPT, SAVE_ROOT
 # ./run.sh quick    the same pipeline on scikit-learn's digits with a ResNet-8: minutes on two CPU cores, no download;
 #                   SEED=1
 # ./run.sh test     the test suite; further arguments go to pytest
@@ -67,8 +68,18 @@ demo() {
             stage train_pbfgs.py "${subspace[@]}" --epochs 20 --batch-size 1024
             stage train_psgd.py "${subspace[@]}" --epochs 40 --lr 1 --batch-size 128
             stage report.py "$root/save_labelnoise${c}_$name" --figure "$root/save_labelnoise${c}_$name/figure.png"
+            runs+=("$root/save_labelnoise${c}_$name")
         done
     done
+}
+
+zoo() {
+    local zoo="vgg11 densenet121 efficientnet googlenet inceptionv3 mobilenet nasnet seresnet18 shufflenetv2 squeezenet"
+    DATASETS=CIFAR100 MODELS=${MODELS:-$zoo xception}
+    local runs=()
+    demo
+    log=${SAVE_ROOT:-.}/log_cifar100
+    stage report.py "${runs[@]}" --table "${SAVE_ROOT:-.}/cifar100.md"
 }
 
 quick() {
@@ -87,6 +98,7 @@ quick() {
 runtime="torch, torchvision, numpy, sklearn, matplotlib, tqdm"
 case ${1:-demo} in
     demo) environment requirements.txt "$runtime"; demo ;;
+    cifar100) environment requirements.txt "$runtime"; zoo ;;
     quick) environment requirements.txt "$runtime"; quick ;;
     test) environment requirements-dev.txt "$runtime, pytest"; exec "$python" -m pytest "${@:2}" ;;
     lint) environment requirements-dev.txt "ruff"; exec "$python" -m ruff check . ;;

@@ -52,13 +52,13 @@ def flat_parameters(model: nn.Module) -> Tensor:
 
 
 def snapshot_paths(directory: str | Path, indices: range) -> list[Path]:
-    """The snapshot files of a window; raises InputError that names every missing one."""
+    """The snapshot files of a window; raises InputError that names the missing ones, up to 1000."""
     paths = [Path(directory) / f"{i}.pt" for i in indices]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise InputError(
             f"--save-dir {directory} lacks {len(missing)} of the {len(paths)} snapshots of the window "
-            f"(--params_start, --params_end, --params_step): {' '.join(missing)}; train_sgd.py writes them"
+            f"(--params_start, --params_end, --params_step): {' '.join(missing[:1000])}; train_sgd.py writes them"
         )
     return paths
 

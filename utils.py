@@ -123,12 +123,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if bare else super()._get_help_string(action)
 
 
-def _at_least(kind, low, text):
-    """An argparse type: `kind` (int or float) that is at least `low`."""
+def _at_least(kind, low, text, high=math.inf):
+    """An argparse type: a finite `kind` (int or float) that is at least `low` and at most `high`."""
 
     def convert(value):
         number = kind(value)
-        if not number >= low or not math.isfinite(number):
+        if not low <= number <= high or not math.isfinite(number):
             raise argparse.ArgumentTypeError(f"{value} is not {text}")
         return number
 
@@ -136,8 +136,8 @@ def _at_least(kind, low, text):
     return convert
 
 
-count = _at_least(int, 1, "a whole number of at least 1")
-natural = _at_least(int, 0, "a whole number of at least 0")
+count = _at_least(int, 1, "a whole number from 1 to 1,000,000", 10**6)
+natural = _at_least(int, 0, "a whole number from 0 to 1,000,000", 10**6)
 nonnegative = _at_least(float, 0, "a number of at least 0")
 
 
@@ -160,6 +160,8 @@ def fraction(value):
 def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in all",
                 batch_help="samples per mini-batch"):
     """A parser with the flags that all three scripts have; returns (parser, the group of training flags)."""
+    import models  # here and not above: it imports this module
+
     description, example = doc.strip().split("\n\nExample", 1)
     parser = Parser(
         description=description, epilog="example" + example, formatter_class=HelpFormatter, allow_abbrev=False
@@ -170,7 +172,7 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
     data.add_argument("--data", default=os.environ.get("DLDR_DATA", "data/"), metavar="DIR",
                       help="where data sets lie or are downloaded to; the environment variable DLDR_DATA sets it too")
     data.add_argument("-a", "--arch", default="resnet32", metavar="ARCH",
-                      help="network: resnet8, 20, 32, 44, 56, 110, 1202; on ImageNet a torchvision name (resnet18)")
+                      help=f"network: {models.by_family()}; on ImageNet a torchvision name (resnet18)")
     data.add_argument("--corrupt", type=fraction, default=0.0, metavar="C",
                       help="share of the training labels, in [0, 1], redrawn uniformly over all classes")
     data.add_argument("--smalldatasets", type=fraction, default=None, metavar="P",

@@ -3,9 +3,10 @@
 basis:  `pca_basis` of a window of snapshots against scikit-learn's full PCA of the same matrix, with the largest
         principal angle between the two spans and to numpy's SVD in float64.
 pbfgs:  one P-BFGS iteration of train_pbfgs.py against its own forward + backward and trial forwards timed alone.
+save:   the checkpoint of an SGD run of --save-arch (ImageNet's ResNet-50), which a stopped run has to write.
 
-Both are run in turn (A B A B ...) after a warm-up; the medians, every single time and the ratio are printed and
-written as JSON. Run it on an idle machine.
+The first two are run in turn (A B A B ...) after a warm-up; the medians, every single time and the ratio are printed
+and written as JSON. Run it on an idle machine.
 
 Example:
   python train_sgd.py --datasets digits --arch resnet20 --epochs 80 --save-dir runs/trajectory
@@ -39,6 +40,8 @@ def parse_args(argv=None):
     parser.add_argument("--params_end", type=int, default=81, metavar="N", help="snapshots 0 to N - 1 (default: 81)")
     parser.add_argument("--n_components", type=int, default=40, metavar="K", help="dimensions (default: 40)")
     parser.add_argument("--batch-size", type=int, default=1024, metavar="N", help="of the iteration (default: 1024)")
+    parser.add_argument("--save-arch", default="resnet50", metavar="ARCH",
+                        help="torchvision network of the checkpoint (default: resnet50)")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="repetitions (default: 5)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--json", metavar="FILE", help="write the results here")
@@ -129,18 +132,32 @@ def pbfgs(args, device):
     return {"batch_size": args.batch_size, "runs": rows, "ratios": ratios, "median_ratio": statistics.median(ratios)}
 
 
+def save(args, device):
+    """Seconds to copy network and momentum from the device and write them to --save-dir, flushed to the disk."""
+    model = models.get_model(args.save_arch, 1000, "ImageNet").to(device)
+    w = flat_parameters(model)
+    state = {"model": model.state_dict(), "algorithm": {"momentum_buffer": torch.zeros_like(w)}}
+    path = Path(args.save_dir) / ".benchmark.pt"
+    times = [seconds(device, runs.save_tensors, path, state)[0] for _ in range(args.runs)]
+    size = path.stat().st_size
+    path.unlink()
+    return {"arch": args.save_arch, "megabytes": size / 1e6, "seconds": times}
+
+
 def main(args):
     device = utils.pick_device(args.device)
     utils.keep_freed_memory()
     result = {"command": runs.command_line(), "basis": basis(args, device), "pbfgs": pbfgs(args, device),
+              "save": save(args, device),
               "versions": runs.versions(), "hardware": runs.hardware(device), "git_revision": runs.git_revision()}
-    b, p = result["basis"], result["pbfgs"]
+    b, p, s = result["basis"], result["pbfgs"], result["save"]
     print(f"basis {b['window'][0]} x {b['window'][1]:,}, k {args.n_components}: "
           f"{statistics.median(b['seconds']):.3f} s, "
           f"scikit-learn full {statistics.median(b['seconds_sklearn_full']):.3f} s, ratio {b['ratio_of_medians']:.1f}, "
           f"angle {b['angle_to_sklearn_full']:.1e} (to float64 {b['angle_to_float64_svd']:.1e})")
     print(f"P-BFGS iteration, {args.arch}, batch {args.batch_size}: {p['median_ratio']:.3f} times its passes alone "
           f"({', '.join(f'{ratio:.3f}' for ratio in p['ratios'])})")
+    print(f"checkpoint of {s['arch']}, {s['megabytes']:.0f} MB: {min(s['seconds']):.2f} to {max(s['seconds']):.2f} s")
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         runs.save_json(Path(args.json), result)

@@ -1,14 +1,46 @@
 """Networks by name: our own for 32 x 32 images, torchvision's classification models for ImageNet.
 
-A new family is a file with a dict MODELS (name -> constructor taking num_classes) and a line in SMALL below.
+A new family is a file with a dict MODELS (name -> constructor taking num_classes), named in FAMILIES below.
 """
 import difflib
 import pickle
 
-from models import resnet_cifar
+from models import (
+    attention,
+    densenet,
+    efficientnet,
+    googlenet,
+    inceptionv3,
+    inceptionv4,
+    mobilenet,
+    mobilenetv2,
+    nasnet,
+    preactresnet,
+    resnet,
+    resnet_cifar,
+    resnext,
+    seresnet,
+    shufflenet,
+    shufflenetv2,
+    squeezenet,
+    stochasticdepth,
+    vgg,
+    wideresnet,
+    xception,
+)
 from utils import InputError
 
-SMALL = {**resnet_cifar.MODELS}
+FAMILIES = (
+    resnet_cifar, vgg, densenet, googlenet, inceptionv3, inceptionv4, xception, resnet, preactresnet, resnext, seresnet,
+    wideresnet, stochasticdepth, squeezenet, mobilenet, mobilenetv2, shufflenet, shufflenetv2, efficientnet, nasnet,
+    attention,
+)
+SMALL = {name: constructor for family in FAMILIES for name, constructor in family.MODELS.items()}
+
+
+def by_family():
+    """The names for 32 x 32 images as one line of text, families apart."""
+    return "; ".join(" ".join(family.MODELS) for family in FAMILIES)
 
 
 def list_models(dataset="CIFAR10"):

@@ -27,9 +27,13 @@ COMMAND_LINES, SNAPSHOTS, ARRAYS = 200, 200, 100
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
-def cases(n):
-    """n cases, the same ones in every run of the suite."""
-    return settings(max_examples=n, deadline=None, derandomize=True, database=None, suppress_health_check=QUIET)
+def often(n):
+    """Run a test with n cases, the same ones every time; and, if slow tests are asked for, with 10 n other ones."""
+    return pytest.mark.parametrize("n", [n, pytest.param(10 * n, marks=pytest.mark.slow)])
+
+
+def cases(n, usual):
+    return settings(max_examples=n, derandomize=n <= usual, deadline=None, database=None, suppress_health_check=QUIET)
 
 
 # ---------------------------------------------------------------------------------------------------- command lines
@@ -93,14 +97,15 @@ def outcome(script, argv):
     return status, message.strip().splitlines()
 
 
-def test_command_lines(sampled, tmp_path):
+@often(COMMAND_LINES)
+def test_command_lines(sampled, tmp_path, n):
     places = {"SAMPLED": sampled, "NEW": tmp_path / "new", "FILE": tmp_path / "file", "BAD": tmp_path / "bad"}
     places["FILE"].write_text("in the way")
     places["BAD"].mkdir()
     (places["BAD"] / "cifar10.npz").write_bytes(b"PK\x03\x04 not really")
     statuses = []
 
-    @cases(COMMAND_LINES)
+    @cases(n, COMMAND_LINES)
     @given(command_lines())
     def check(case):
         script, argv = case
@@ -117,7 +122,7 @@ def test_command_lines(sampled, tmp_path):
         patch.setattr(datasets, "download", refuse)  # what is tested does not depend on the network
         patch.chdir(tmp_path)
         check()
-    assert len(statuses) >= COMMAND_LINES and {0, 1, 2} <= set(statuses)
+    assert len(statuses) >= n and {0, 1, 2} <= set(statuses)
     assert all((sampled / name).read_bytes() == content for name, content in before.items() if name[0].isdigit())
 
 
@@ -155,7 +160,8 @@ def damages(draw):
     return damage
 
 
-def test_snapshots(sampled, tmp_path):
+@often(SNAPSHOTS)
+def test_snapshots(sampled, tmp_path, n):
     model = models.get_model("resnet8", 10)
     paths = [tmp_path / f"{i}.pt" for i in range(2)]
     for path in paths:
@@ -163,7 +169,7 @@ def test_snapshots(sampled, tmp_path):
     intact, whole = load_window(paths, model).clone(), paths[1].read_bytes()
     refused = 0
 
-    @cases(SNAPSHOTS)
+    @cases(n, SNAPSHOTS)
     @given(damages())
     def check(damage):
         nonlocal refused
@@ -177,7 +183,7 @@ def test_snapshots(sampled, tmp_path):
             assert torch.equal(window, intact)
 
     check()
-    assert refused > SNAPSHOTS // 2
+    assert refused > n // 2
 
 
 def test_every_fiftieth_of_a_snapshot_is_refused(sampled, tmp_path):
@@ -209,7 +215,8 @@ def read_cifar10(directory):
     return datasets.SOURCES["CIFAR10"].read(directory)
 
 
-def test_arrays(tmp_path):
+@often(ARRAYS)
+def test_arrays(tmp_path, n):
     """Half of the cases damage a good file, half store arrays that may be wrong."""
     path, rng = tmp_path / "cifar10.npz", np.random.default_rng(0)
     good = {"x_train": rng.integers(0, 256, (20, 32, 32, 3), np.uint8), "y_train": rng.integers(0, 10, 20)}
@@ -227,13 +234,13 @@ def test_arrays(tmp_path):
         else:
             then(arrays)
 
-    @cases(ARRAYS // 2)
+    @cases(n // 2, ARRAYS)
     @given(damages())
     def damaged(damage):
         path.write_bytes(damage(whole))
         check(lambda arrays: [np.testing.assert_array_equal(a, good[key]) for a, key in zip(arrays, good, strict=True)])
 
-    @cases(ARRAYS // 2)
+    @cases(n // 2, ARRAYS)
     @given(archives())
     @example({"x_train": np.zeros((20, 32, 32, 3), np.uint8), "y_train": np.arange(20) % 10,
               "x_test": np.zeros((2, 32, 32, 3), np.uint8), "y_test": np.array([0, 9])})
@@ -248,4 +255,4 @@ def test_arrays(tmp_path):
 
     damaged()
     stored()
-    assert refused > ARRAYS // 2
+    assert refused > n // 2

@@ -14,15 +14,22 @@ import crash
 import pytest
 import torch
 from conftest import ROOT, digits_args
+from torch import nn
 
+import models
 import runs
 import train_psgd
 import train_sgd
+from models.resnet import ResNet, basic
+from models.stochasticdepth import StochasticBlock
 from utils import InputError
 
 WINDOW = ["--params_end", "6", "--n_components", "4"]
 METHODS = {"sgd": ["--epochs", "3"], "psgd": [*WINDOW, "--epochs", "3"],
            "pbfgs": [*WINDOW, "--epochs", "3", "--alpha", "0.01"]}
+KILLS = {"sgd": 8, "psgd": 6, "pbfgs": 6}  # at random moments
+# at the n-th write to the disk; a file's is odd, its directory's even; the last file of a run is its summary
+KILLED_WRITES = {"sgd": (1, 3, 6, 9, 11, 13, 15, 17, 19, 21), "psgd": (3, 5, 7, 9, 13), "pbfgs": (3, 5, 9, 11, 13)}
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +100,11 @@ def finish(processes, target, *args):
     assert process.exitcode == 0
 
 
-@pytest.mark.parametrize(("method", "kills"), [("sgd", 8), ("psgd", 6), ("pbfgs", 6)])
+@pytest.mark.parametrize(("method", "kills"), [
+    *KILLS.items(), *(pytest.param(method, 10 * kills, marks=pytest.mark.slow) for method, kills in KILLS.items())])
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(sampled, tmp_path, processes, whole, method, kills):
     seconds, expected = whole[method]
-    moments = random.Random(method)
+    moments = random.Random(f"{method}{kills}")
     killed = 0
     for i in range(kills):
         flags = argv(method, sampled, tmp_path / str(i))
@@ -111,11 +119,11 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(sampled, tmp_path, 
     assert killed >= kills // 2  # the moments were within the run
 
 
-@pytest.mark.parametrize("n", [1, 3, 6, 9, 11, 13, 15, 17])
-def test_killed_inside_a_save_a_run_goes_on_to_the_same_bits(sampled, tmp_path, processes, whole, n):
+@pytest.mark.parametrize(("method", "n"), [(method, n) for method, writes in KILLED_WRITES.items() for n in writes])
+def test_killed_inside_a_save_a_run_goes_on_to_the_same_bits(sampled, tmp_path, processes, whole, method, n):
     """A write that stops half way leaves no file under its final name, and nothing that disturbs the next run."""
-    flags = argv("sgd", sampled, tmp_path)
-    process = processes.Process(target=crash.run_and_die_in_write, args=("sgd", flags, n))
+    flags = argv(method, sampled, tmp_path)
+    process = processes.Process(target=crash.run_and_die_in_write, args=(method, flags, n))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -123,8 +131,8 @@ def test_killed_inside_a_save_a_run_goes_on_to_the_same_bits(sampled, tmp_path, 
         runs.load_file(path, "file")  # whole, or not there
     for path in tmp_path.glob("*.json"):
         json.loads(path.read_text())
-    finish(processes, crash.run, "sgd", [*flags, "--resume", "auto"])
-    assert_equal(result("sgd", tmp_path), whole["sgd"][1])
+    finish(processes, crash.run, method, [*flags, "--resume", "auto"])
+    assert_equal(result(method, tmp_path), whole[method][1])
     assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -143,6 +151,34 @@ def test_auto_leaves_a_finished_run_alone_and_trains_a_longer_one_on(sampled, tm
     assert_equal(result("psgd", tmp_path), whole["psgd"][1])
     with pytest.raises(InputError, match="is past --epochs 2: it has 3"):
         run("--epochs", "2")
+
+
+def small_stochastic_network(num_classes):
+    """Blocks that are skipped at random, and dropout."""
+    stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+    model = ResNet(stem, StochasticBlock, basic, (1, 1, 1), nn.AdaptiveAvgPool2d(1), num_classes, width=8)
+    for block in model.blocks:
+        block.survival = 0.5
+    model.pool = nn.Sequential(model.pool, nn.Dropout(0.5))
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_networks_that_draw_in_the_forward_pass_go_on_to_the_same_bits(tmp_path, monkeypatch, method, device):
+    """Dropout and stochastic depth, in P-BFGS's trials too: what an epoch draws does not depend on what came before."""
+    monkeypatch.setitem(models.SMALL, "small", small_stochastic_network)
+    script, results = crash.SCRIPTS[method], []
+    for parts in ([3], [2, 3]):
+        directory = tmp_path / str(len(parts))
+        for run, epochs in [("sgd", [6]), (method, parts)][method == "sgd":]:
+            for n in epochs:
+                flags = argv(run, directory, directory, "--arch", "small", "--deterministic", "--device", device,
+                             "--epochs", str(n), "--resume", "auto")
+                torch.rand(n)  # whatever was drawn before must not matter
+                (train_sgd if run == "sgd" else script).main(crash.SCRIPTS[run].parse_args(flags))
+        results.append(result(method, directory)[::2])
+    assert_equal(*results)
 
 
 @pytest.mark.parametrize(("method", "number"), [("sgd", signal.SIGTERM), ("pbfgs", signal.SIGINT)])

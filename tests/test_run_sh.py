@@ -60,6 +60,23 @@ def test_demo_loops_over_models_and_knows_cifar100(shell):
     assert train_psgd.parse_args(calls[2][1:]).params_end == 101
 
 
+def test_cifar100_is_the_published_list_into_one_table(shell, tmp_path):
+    status, calls = shell("cifar100")
+    assert status == 0 and len(calls) == 11 * 4 + 1
+    names = [train_sgd.parse_args(call[1:]).arch for call in calls[:-1:4]]
+    assert names == ("vgg11 densenet121 efficientnet googlenet inceptionv3 mobilenet nasnet seresnet18 shufflenetv2 "
+                     "squeezenet xception").split()
+    args = train_sgd.parse_args(calls[0][1:])
+    assert (args.datasets, args.epochs, args.milestones) == ("CIFAR100", 200, [150])
+    for call, script in zip(calls[1:3], (train_pbfgs, train_psgd), strict=True):
+        args = script.parse_args(call[1:])
+        assert (args.params_start, args.params_end, args.n_components, args.arch) == (0, 101, 40, "vgg11")
+    directories = [train_sgd.parse_args(call[1:]).save_dir for call in calls[:-1:4]]
+    assert calls[-1] == ["report.py", *directories, "--table", str(tmp_path / "runs" / "cifar100.md")]
+    _, calls = shell("cifar100", MODELS="mobilenet")
+    assert len(calls) == 5
+
+
 def test_quick_is_digits_in_15_dimensions(shell):
     status, calls = shell("quick")
     scripts = [call[0] for call in calls]
