@@ -2,8 +2,12 @@
 import re
 
 import pytest
+import test_fuzz
+import test_resume
 from conftest import ROOT
+from test_zoo import on_meta
 
+import models.__main__
 import report
 import train_pbfgs
 import train_psgd
@@ -27,6 +31,25 @@ def test_links_lead_somewhere():
     for page in (ROOT / "README.md", ROOT / "results" / "README.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), target
+
+
+def test_counts_of_faults_are_those_of_the_tests():
+    counts = [int(a) for a, b in re.findall(r"\| (\d+) \| (\d+) \|\n", README) if a == b]
+    assert counts[:3] == [sum(test_resume.KILLS.values()), sum(map(len, test_resume.KILLED_WRITES.values())), 3]
+    assert counts[5:8] == [test_fuzz.COMMAND_LINES, test_fuzz.SNAPSHOTS + 50, test_fuzz.ARRAYS]
+
+
+def test_networks_are_listed_as_they_are():
+    rows = re.findall(r"^\| (\w+) \| ([\d,]+) \| [\d,]+ \| \[models/(\w+)\.py\]", README, re.MULTILINE)
+    names = [(name, family.__name__) for family in models.FAMILIES for name in family.MODELS]
+    assert [(name, f"models.{file}") for name, _, file in rows] == names
+    for name, parameters, _ in rows:
+        assert parameters == f"{sum(p.numel() for p in on_meta(name).parameters()):,}"
+
+
+@pytest.mark.slow
+def test_table_of_networks():
+    assert models.__main__.table() in README
 
 
 @pytest.mark.parametrize("directory", ["digits-quick", "cifar10-tenth"])
