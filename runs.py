@@ -114,7 +114,7 @@ def cpu_copy(value):
 
 # arguments that may differ between a run and the one that goes on from its checkpoint
 HARMLESS = {"epochs", "start_epoch", "resume", "evaluate", "data", "workers", "device", "save_dir", "output_dir",
-            "save_every", "print_freq"}
+            "save_every", "print_freq", "cuda_graphs"}
 
 
 class Timer:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import datasets
+import graphs
 import models
 import runs
 import utils
@@ -51,15 +52,16 @@ def main(args):
     pbfgs = ProjectedBFGS(w, P, lr=args.lr, alpha=args.alpha, gamma=args.gamma,
                           max_trials=30 if args.datasets == "ImageNet" else 20)
 
+    capture = graphs.capturer(args.cuda_graphs, model, device, args.datasets)
+    # in float32 whatever --half: bfloat16 cannot see small steps
+    trial_loss = capture(lambda x, y: F.cross_entropy(model(x), y))
+
     def update(loss, x, y):
-        def trial_loss():
-            return F.cross_entropy(model(x), y)  # in float32 whatever --half: bfloat16 cannot see small steps
-
         with frozen_statistics(model), torch.no_grad():
-            pbfgs.step(float(trial_loss()) if args.half else loss, trial_loss)
+            pbfgs.step(float(trial_loss(x, y)) if args.half else loss, lambda: trial_loss(x, y))
 
-    return utils.fit(run, model, w, data, update, algorithm=pbfgs, schedule=utils.multistep(args.lr, []),
-                     statistics=pbfgs.counts)
+    return utils.fit(run, model, w, data, passes=capture(utils.training_passes(model, args.half)), update=update,
+                     algorithm=pbfgs, schedule=utils.multistep(args.lr, []), statistics=pbfgs.counts)
 
 
 if __name__ == "__main__":

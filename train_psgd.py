@@ -8,6 +8,7 @@ Example:
   python train_psgd.py --datasets CIFAR10 --arch resnet20 --params_end 81 --n_components 40 --save-dir save_resnet20
 """
 import datasets
+import graphs
 import models
 import runs
 import utils
@@ -44,8 +45,12 @@ def main(args):
     run.begin(data, w, snapshots=len(paths), explained=explained)
 
     psgd = ProjectedSGD(w, P, lr=args.lr, momentum=args.momentum)
-    return utils.fit(run, model, w, data, update=lambda *_: psgd.step(), algorithm=psgd,
-                     schedule=utils.multistep(args.lr, args.milestones))
+    capture = graphs.capturer(args.cuda_graphs, model, device, args.datasets)
+    step = capture(psgd.step)
+    return utils.fit(run, model, w, data, passes=capture(utils.training_passes(model, args.half)),
+                     update=lambda *_: step(key=psgd.param_groups[0]["lr"]), algorithm=psgd,
+                     schedule=utils.multistep(args.lr, args.milestones),
+                     read_every=args.print_freq if device.type == "cuda" else 1)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Example:
 import torch
 
 import datasets
+import graphs
 import models
 import runs
 import utils
@@ -75,10 +76,12 @@ def main(args):
     snapshots = 1 + max(0, args.epochs - args.start_epoch) * len(due)
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     run.begin(data, w, snapshots=snapshots, writes=snapshots * size)
+    cuda = device.type == "cuda"
     if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD([w], lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+        optimizer = torch.optim.SGD([w], lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
+                                    fused=cuda)
     else:
-        optimizer = torch.optim.Adam([w], lr=args.lr, weight_decay=args.weight_decay)
+        optimizer = torch.optim.Adam([w], lr=args.lr, weight_decay=args.weight_decay, capturable=cuda)
 
     def save_snapshot(epoch, iteration):
         if iteration in due:
@@ -89,8 +92,12 @@ def main(args):
 
     if not run.has_checkpoint():
         runs.save_tensors(run.directory / f"{args.start_epoch * len(due)}.pt", model.state_dict())
+    capture = graphs.capturer(args.cuda_graphs, model, device, args.datasets)
+    step = capture(optimizer.step)
     return utils.fit(
-        run, model, w, data, update=lambda *_: optimizer.step(), algorithm=optimizer,
+        run, model, w, data, passes=capture(utils.training_passes(model, args.half)),
+        update=lambda *_: step(key=optimizer.param_groups[0]["lr"]), algorithm=optimizer,
+        read_every=args.print_freq if cuda else 1,
         schedule=utils.multistep(args.lr, args.milestones, warm_up=args.arch in ("resnet110", "resnet1202")),
         after_iteration=save_snapshot,
     )

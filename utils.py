@@ -204,6 +204,11 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
     machine.add_argument("--half", action="store_true",
                          help="bfloat16 autocast of the network's passes; never in the basis, the projections or the "
                          "Armijo comparison")
+    machine.add_argument("--cuda-graphs", choices=("auto", "on", "off"), default="auto",
+                         help="record the training step once and replay it; auto: on a GPU, where the network and the "
+                         "data allow it")
+    machine.add_argument("--conv-tf32", choices=("on", "off"), default="on",
+                         help="TF32 in convolutions on a GPU, as torch's default; never in products with the basis")
     machine.add_argument("--deterministic", action="store_true",
                          help="only deterministic algorithms: bitwise repeatable on one machine, slower on CUDA")
 
@@ -288,10 +293,12 @@ def set_up(args):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.deterministic)
     torch.backends.cudnn.benchmark = not args.deterministic
+    torch.backends.cudnn.allow_tf32 = args.conv_tf32 == "on"
     seed_everything(args.randomseed)
     device = pick_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not recorded on the default stream
     else:
         keep_freed_memory()
     return device
@@ -329,41 +336,63 @@ def forward(model, x, half=False):
     """Logits (N, classes), float32 with `half` too, where the network itself runs in bfloat16 autocast."""
     if not half:
         return model(x)
-    with torch.autocast(x.device.type, torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):  # no casts kept in a recorded graph
         return model(x).float()
 
 
-def train_epoch(model, w, batches, update, *, iterations=None, accumulate=1, half=False, after_iteration=None,
-                bar=None):
-    """One epoch: forward, backward, and update(loss, x, y) after every `accumulate` mini-batches.
+def training_passes(model, half=False):
+    """passes(x, y) -> tensor (2,): mean loss and number of hits of a mini-batch, its gradient added to the model's."""
 
-    w is the model's `flat_parameters`; at an update w.grad holds the mean gradient over the accumulated mini-batches,
-    `loss` (a float) and (x, y) belong to the last of them. A shorter group at the end of the epoch counts too;
-    `iterations` says how many batches there are, where `batches` has no length.
-    after_iteration(i) is called after mini-batch i = 1, 2, ... Returns the mean loss and accuracy (%) of the forward
-    passes before each step. Raises NonFiniteLoss before an update that would use such a loss.
-    """
-    model.train()
-    iterations = iterations or len(batches)
-    loss_sum = correct = seen = pending = 0
-    w.grad.zero_()
-    for i, (x, y) in enumerate(batches, 1):
+    def passes(x, y):
         logits = forward(model, x, half)
         loss = F.cross_entropy(logits, y)
         loss.backward()
-        value, hits = torch.stack([loss.detach(), (logits.argmax(1) == y).sum()]).tolist()  # one synchronisation
-        if not math.isfinite(value):
-            raise NonFiniteLoss(f"the training loss is {value} at iteration {i}")
-        loss_sum, correct, seen, pending = loss_sum + value * len(y), correct + hits, seen + len(y), pending + 1
+        return torch.stack([loss.detach(), (logits.argmax(1) == y).sum()])
+
+    return passes
+
+
+def train_epoch(model, w, batches, passes, update, *, iterations=None, accumulate=1, read_every=1,
+                after_iteration=None, bar=None):
+    """One epoch: passes(x, y), see `training_passes`, and update(loss, x, y) after every `accumulate` mini-batches.
+
+    w is the model's `flat_parameters`; at an update w.grad holds the mean gradient over the accumulated mini-batches,
+    `loss` and (x, y) belong to the last of them. A shorter group at the end of the epoch counts too; `iterations` says
+    how many batches there are, where `batches` has no length.
+    Losses are read from the device every `read_every` iterations, which waits for it; only if that is 1 does update
+    get one (a float, else None). after_iteration(i) is called after mini-batch i = 1, 2, ...
+    Returns the mean loss and accuracy (%) of the forward passes before each step. Raises NonFiniteLoss when it reads
+    such a loss: before the update that would use it if read_every is 1.
+    """
+    model.train()
+    iterations = iterations or len(batches)
+    record = torch.zeros(iterations, 2, dtype=torch.float64, device=w.device)
+    loss = None
+    loss_sum = correct = seen = read = pending = 0
+    samples = []
+    w.grad.zero_()
+    for i, (x, y) in enumerate(batches, 1):
+        record[i - 1] = passes(x, y)
+        samples.append(len(y))
+        pending += 1
+        if i % read_every == 0 or i == iterations:
+            for value, hits in record[read:i].tolist():
+                if not math.isfinite(value):
+                    raise NonFiniteLoss(f"the training loss is {value} at iteration {read + 1}")
+                loss_sum, correct, seen = loss_sum + value * samples[read], correct + hits, seen + samples[read]
+                read += 1
+            loss = value if read_every == 1 else None
+            if bar is not None:
+                bar.set_postfix(loss=f"{loss_sum / seen:.4f}", accuracy=f"{100 * correct / seen:.2f}%", refresh=False)
         if pending == accumulate or i == iterations:
-            w.grad.div_(pending)
-            update(value, x, y)
+            if pending > 1:
+                w.grad.div_(pending)
+            update(loss, x, y)
             w.grad.zero_()
             pending = 0
         if after_iteration:
             after_iteration(i)
         if bar is not None:
-            bar.set_postfix(loss=f"{loss_sum / seen:.4f}", accuracy=f"{100 * correct / seen:.2f}%", refresh=False)
             bar.update()
     return {"loss": loss_sum / seen, "accuracy": 100 * correct / seen, "samples": seen}
 
@@ -381,12 +410,13 @@ def evaluate(model, batches, half=False):
     return {"loss": float(loss_sum) / seen, "accuracy": 100 * int(correct) / seen}
 
 
-def fit(run, model, w, data, update, *, schedule, algorithm, statistics=None, after_iteration=None):
+def fit(run, model, w, data, passes, update, *, schedule, algorithm, statistics=None, after_iteration=None,
+        read_every=1):
     """Train for the epochs of run.args, evaluating, logging and checkpointing after each; returns the summary.
 
-    update(loss, x, y): see `train_epoch`. `algorithm` has state_dict and load_state_dict, for --resume, and may have
-    param_groups as torch's optimisers do: they get the lr that schedule(epoch) says. statistics() gives what
-    the method adds to an epoch's log. after_iteration(epoch, i) is called after each mini-batch.
+    passes(x, y), update(loss, x, y), read_every: see `train_epoch`. `algorithm` has state_dict and load_state_dict, for
+    --resume, and may have param_groups as torch's optimisers do: they get the lr that schedule(epoch) says.
+    statistics() gives what the method adds to an epoch's log. after_iteration(epoch, i) follows each mini-batch.
     """
     args = run.args
     first = run.first_epoch(model, algorithm)
@@ -402,9 +432,9 @@ def fit(run, model, w, data, update, *, schedule, algorithm, statistics=None, af
                        disable=None, miniters=args.print_freq, mininterval=0, file=sys.stderr)
             try:
                 with run.timer("train") as train_time, bar:
-                    train = train_epoch(model, w, signals.watch(data.train.epoch(epoch)), update,
-                                        iterations=len(data.train), accumulate=args.accumulate, half=args.half,
-                                        after_iteration=hook, bar=bar)
+                    train = train_epoch(model, w, signals.watch(data.train.epoch(epoch)), passes, update,
+                                        iterations=len(data.train), accumulate=args.accumulate,
+                                        read_every=read_every, after_iteration=hook, bar=bar)
                 with run.timer("eval"):
                     test = evaluate(model, signals.watch(data.test.epoch(0)), args.half)
                 if not math.isfinite(test["loss"]):  # where the last step of the epoch was the fatal one

@@ -20,6 +20,8 @@ from utils import InputError
 
 # on a CPU activations of 128 images stay in the cache (1.17 times faster than 1000); a GPU wants to be filled
 EVALUATION_BATCH = {"cpu": 128, "cuda": 2000}
+# batches whose pixels are made at once: a GPU waits for the launches of the dozen kernels, not for their work
+AHEAD = {"cpu": 1, "cuda": 64}
 
 
 class Source(NamedTuple):
@@ -123,9 +125,11 @@ class ImageBatches:
 
     def epoch(self, epoch):
         order, flip, top, left = self.draws(epoch)
-        for batch in range(0, self.samples, self.batch_size):
-            part = slice(batch, batch + self.batch_size)
-            yield self.pixels(order[part], flip[part], top[part], left[part]), self.labels[order[part]]
+        many = self.batch_size * AHEAD[self.labels.device.type]
+        for first in range(0, self.samples, many):
+            part = slice(first, first + many)
+            x, y = self.pixels(order[part], flip[part], top[part], left[part]), self.labels[order[part]]
+            yield from zip(x.split(self.batch_size), y.split(self.batch_size), strict=True)
 
     def pixels(self, index, flip, top, left):
         """The images at `index`, flipped where flip is 1, cropped at (top, left), normalised: (B, 3, 32, 32)."""

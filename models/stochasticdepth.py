@@ -22,6 +22,7 @@ class StochasticBlock(Block):
     """A residual block with probability `survival`, else its shortcut: shapes as there."""
 
     survival = 1.0
+    draws_on_host = True
 
     def forward(self, x):
         if not self.training:

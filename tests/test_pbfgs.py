@@ -31,7 +31,7 @@ def train(model, w, pbfgs, batches, accumulate=1):
             search = pbfgs.step(loss, lambda: F.cross_entropy(model(x), y))
         history.append((w.clone(), search, pbfgs.skipped > skipped))
 
-    utils.train_epoch(model, w, batches, update, accumulate=accumulate)
+    utils.train_epoch(model, w, batches, utils.training_passes(model), update, accumulate=accumulate)
     return history
 
 
@@ -113,8 +113,8 @@ def test_accumulation_works_on_the_batches_the_scripts_pass():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     w = flat_parameters(model)
     sizes = []
-    utils.train_epoch(model, w, data.train.epoch(0), lambda loss, x, y: sizes.append(len(y)), accumulate=2,
-                      iterations=len(data.train))
+    utils.train_epoch(model, w, data.train.epoch(0), utils.training_passes(model),
+                      lambda loss, x, y: sizes.append(len(y)), accumulate=2, iterations=len(data.train))
     assert sizes == [16, 16, 7]
 
 

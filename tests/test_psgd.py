@@ -23,7 +23,7 @@ def train(model, w, step, batches, accumulate=1):
         step()
         history.append(w.clone())
 
-    utils.train_epoch(model, w, batches, update, accumulate=accumulate)
+    utils.train_epoch(model, w, batches, utils.training_passes(model), update, accumulate=accumulate)
     return history
 
 

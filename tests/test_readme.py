@@ -52,8 +52,8 @@ def test_table_of_networks():
     assert models.__main__.table() in README
 
 
-@pytest.mark.parametrize("directory", ["digits-quick", "cifar10-tenth"])
+@pytest.mark.parametrize("directory", ["digits-quick", "cifar10-tenth", "cifar100-zoo"])
 def test_tables_are_those_of_the_runs(directory):
     table = report.table(report.find_runs([ROOT / "results" / directory]))
     assert (ROOT / "results" / directory / "table.md").read_text() == table
-    assert table in README
+    assert table in README or directory == "cifar100-zoo"  # two epochs are no result

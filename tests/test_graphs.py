@@ -1,0 +1,126 @@
+"""Recorded steps: the static buffers on a CPU, where a run must end at the same bits; graphs themselves on a GPU."""
+import pytest
+import torch
+from conftest import digits_args
+
+import graphs
+import models
+import runs
+import train_pbfgs
+import train_psgd
+import train_sgd
+import utils
+from subspace import flat_parameters
+from utils import InputError
+
+WINDOW = ["--params_end", "6", "--n_components", "4"]
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+def test_calls_are_plain_at_first_then_on_buffers():
+    seen = []
+
+    def function(x, y):
+        seen.append((x, y))
+        return x * y
+
+    graphed = graphs.Graphed(function, torch.device("cpu"))
+    for i in range(6):
+        x, y = torch.full((3,), float(i)), torch.tensor(2.0)
+        assert torch.equal(graphed(x, y), x * y)
+        assert (seen[-1][0] is x) == (i < graphs.WARM_UP)
+    assert seen[-1][0] is seen[-2][0] and seen[-1][1] is seen[-2][1]  # one pair of buffers
+
+
+def test_a_recording_is_of_one_kind():
+    """Another shape, layout or key (the learning rate a step has been recorded with) is another recording."""
+    lr = 1.0
+    graphed = graphs.Graphed(lambda *inputs: torch.tensor(lr) * sum(x.sum() for x in inputs), torch.device("cpu"))
+    image = torch.rand(2, 3, 4, 4)
+    for lr in (1.0, 0.1):
+        for _ in range(5):
+            assert graphed(torch.ones(4), key=lr) == pytest.approx(4 * lr)
+            assert graphed(torch.ones(3), key=lr) == pytest.approx(3 * lr)
+            assert graphed(key=lr) == 0
+            for x in (image, image.contiguous(memory_format=torch.channels_last)):
+                assert graphed(x, key=lr) == pytest.approx(lr * float(image.sum()))
+    assert len(graphed.recordings) == 2 * 5 and all(calls == graphs.WARM_UP + 1 for calls in graphed.calls.values())
+
+
+def test_which_steps_are_recorded():
+    resnet, drawing = models.get_model("resnet8", 10), models.get_model("stochasticdepth18", 10)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+
+    def recorded(*args):
+        return graphs.capturer(*args) is not graphs.plain
+
+    assert recorded("auto", resnet, cuda) and recorded("on", resnet, cpu)
+    assert not recorded("auto", resnet, cpu) and not recorded("off", resnet, cuda)
+    assert not recorded("auto", drawing, cuda) and not recorded("auto", resnet, cuda, "ImageNet")
+    with pytest.raises(InputError, match="--cuda-graphs on: this --arch draws"):
+        graphs.capturer("on", drawing, cuda)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("script, more", [
+    (train_sgd, ["--milestones", "2"]), (train_sgd, ["--optimizer", "adam"]), (train_sgd, ["--accumulate", "2"]),
+    (train_psgd, [*WINDOW, "--milestones", "2"]), (train_pbfgs, WINDOW), (train_pbfgs, [*WINDOW, "--half"]),
+    (train_pbfgs, [*WINDOW, "--alpha", "0.01", "--accumulate", "3"]),
+])
+def test_runs_with_and_without_recording_are_the_same(sampled, tmp_path, script, more, device):
+    """431 images in batches of 64, the last of 47; a drop of the learning rate; bitwise on a CPU."""
+    results = []
+    for mode in ("off", "on"):
+        argv = digits_args(tmp_path / mode if script is train_sgd else sampled, "--epochs", "4", *more)
+        argv += ["--cuda-graphs", mode, "--device", device, "--deterministic", "--conv-tf32", "off"]
+        argv += [] if script is train_sgd else ["--output-dir", str(tmp_path / mode)]
+        script.main(script.parse_args(argv))
+        method = script.__name__.removeprefix("train_")
+        results.append(runs.load_file(tmp_path / mode / f"{method}_final.pt", "final network"))
+    off, on = results
+    for name in off:
+        if device == "cpu":
+            assert torch.equal(off[name], on[name]), name
+        else:
+            torch.testing.assert_close(off[name], on[name], rtol=1e-3, atol=1e-4)
+
+
+def test_losses_read_late_give_the_same_epoch_and_still_stop():
+    """As on a GPU: read every third iteration and at the end."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(n, 3, 32, 32), torch.arange(n) % 10) for n in (8, 8, 8, 8, 5)]
+
+    def epoch(read_every, batches=batches):
+        torch.manual_seed(0)
+        model = models.get_model("resnet8", 10)
+        w = flat_parameters(model)
+        losses = []
+
+        def update(loss, x, y):
+            losses.append(loss)
+
+        return utils.train_epoch(model, w, batches, utils.training_passes(model), update, read_every=read_every), losses
+
+    (now, losses), (late, none) = epoch(1), epoch(3)
+    assert now == late and none == [None] * 5 and all(isinstance(loss, float) for loss in losses)
+    bad = [*batches[:3], (torch.full((8, 3, 32, 32), torch.nan), batches[3][1]), batches[4]]
+    for read_every in (1, 3, 50):
+        with pytest.raises(utils.NonFiniteLoss, match="nan at iteration 4"):
+            epoch(read_every, bad)
+
+
+@pytest.mark.gpu
+def test_convolutions_without_tf32_are_exact_on_cuda(tmp_path):
+    """Against float64: TF32 has 10 bits, 1e-3; float32 1e-6. Products with P never use it."""
+    from argparse import Namespace
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(8, 64, 16, 16), torch.randn(64, 64, 3, 3)
+    exact = torch.nn.functional.conv2d(x.double(), weight.double())
+    A = torch.randn(40, 100_000)
+    for choice, bound in (("off", 1e-5), ("on", 1e-2)):
+        utils.set_up(Namespace(deterministic=False, conv_tf32=choice, randomseed=1, device="cuda"))
+        error = (torch.nn.functional.conv2d(x.cuda(), weight.cuda()).cpu() - exact).abs().max() / exact.abs().max()
+        assert error < bound
+        product = (A.cuda() @ A.T.cuda()).cpu().double() - A.double() @ A.double().T
+        assert product.abs().max() < 1e-5 * 100_000
