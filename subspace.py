@@ -146,6 +146,28 @@ def pca_basis(window: Tensor, k: int, chunk_bytes: int = 2**23) -> tuple[Tensor,
     return window.set_(storage, 0, (k, D), (D, 1)), (variance[:k] / variance.sum()).tolist()
 
 
+def make_basis(window: Tensor, k: int, kind: str = "pca", seed: int = 1) -> tuple[Tensor, list[float]]:
+    """A basis P (k, D) with orthonormal rows, and the share of the window's variance that each row explains.
+
+    "pca": `pca_basis`. Two others to compare it with: "random", k random directions drawn from the seed, which know
+    nothing of training; "snapshots", what k snapshots, evenly spaced over the window (n, D), span as seen from the
+    first. The window is used up. Raises InputError if the snapshots do not span k dimensions.
+    """
+    if kind == "pca":
+        return pca_basis(window, k)
+    n, D = window.shape
+    if kind == "random":
+        rows = torch.randn(k, D, generator=torch.Generator().manual_seed(seed)).to(window.device)
+    else:
+        rows = window[torch.linspace(1, n - 1, k).round().long()] - window[0]
+    Q, R = torch.linalg.qr(rows.T)
+    if R.diagonal().abs().min() <= 1e-5 * R.diagonal().abs().max():
+        raise InputError(f"the snapshots of the window do not span --n_components {k} dimensions: are some repeated?")
+    P = Q.T.contiguous()
+    window -= window.mean(0)
+    return P, ((P @ window.T).square().sum(1) / window.square().sum()).tolist()
+
+
 # ------------------------------------------------------------------------------------------------- projected SGD
 
 

@@ -16,7 +16,7 @@ import graphs
 import models
 import runs
 import utils
-from subspace import ProjectedBFGS, flat_parameters, frozen_statistics, load_window, pca_basis, snapshot_paths
+from subspace import ProjectedBFGS, flat_parameters, frozen_statistics, load_window, make_basis, snapshot_paths
 
 
 def parse_args(argv=None):
@@ -46,7 +46,7 @@ def main(args):
         window = load_window(paths, model, device)
         w = flat_parameters(model)
     with run.timer("basis"):
-        P, explained = pca_basis(window, args.n_components)
+        P, explained = make_basis(window, args.n_components, args.basis, args.randomseed)
     run.begin(data, w, snapshots=len(paths), explained=explained)
 
     pbfgs = ProjectedBFGS(w, P, lr=args.lr, alpha=args.alpha, gamma=args.gamma,

@@ -232,6 +232,9 @@ def add_subspace_flags(parser):
     group.add_argument("--params_end", type=natural, default=51, metavar="I", help="one past its last snapshot")
     group.add_argument("--params_step", type=count, default=1, metavar="N",
                        help="use every N-th snapshot of the window")
+    group.add_argument("--basis", choices=("pca", "random", "snapshots"), default="pca",
+                       help="principal directions; or, to compare: random ones, or the span of K evenly spaced "
+                       "snapshots")
     group.add_argument("--output-dir", default=None, metavar="DIR", help="where to write (default: the --save-dir)")
 
 

@@ -5,7 +5,7 @@ import torch
 from sklearn.decomposition import PCA
 
 import models
-from subspace import flat_parameters, load_window, pca_basis, read_snapshot, snapshot_paths
+from subspace import flat_parameters, load_window, make_basis, pca_basis, read_snapshot, snapshot_paths
 from utils import InputError
 
 
@@ -157,3 +157,30 @@ def test_read_snapshot_names_what_is_wrong(sampled, tmp_path):
         torch.save(bad, tmp_path / "bad.pt")
         with pytest.raises(InputError, match=message):
             read_snapshot(tmp_path / "bad.pt", model)
+
+
+@pytest.mark.parametrize("kind", ["pca", "random", "snapshots"])
+def test_every_basis_is_orthonormal_and_explains_what_it_says(kind):
+    """Shares against float64; the window here has 12 snapshots of a random walk."""
+    window = torch.randn(12, 5000, generator=torch.Generator().manual_seed(3)).cumsum(0)
+    X = window.double().numpy()
+    P, shares = make_basis(window.clone(), 5, kind, seed=4)
+    assert P.shape == (5, 5000) and P.is_contiguous()
+    Q = P.double().numpy()
+    assert np.abs(Q @ Q.T - np.eye(5)).max() < 1e-5
+    centred = X - X.mean(0)
+    np.testing.assert_allclose(shares, ((centred @ Q.T) ** 2).sum(0) / (centred**2).sum(), rtol=1e-4, atol=1e-9)
+    again, _ = make_basis(window.clone(), 5, kind, seed=4)
+    assert torch.equal(P, again)
+    if kind == "snapshots":  # 5 of the 11 after the first, the first of those and the last among them
+        seen = (X[[1, 4, 6, 8, 11]] - X[0]).T
+        assert np.abs(seen - Q.T @ (Q @ seen)).max() < 1e-3
+    if kind == "random":
+        other, _ = make_basis(window.clone(), 5, kind, seed=5)
+        assert np.linalg.norm(Q @ other.double().numpy().T) < 0.5 and sum(shares) < 0.05
+
+
+def test_repeated_snapshots_span_nothing():
+    window = torch.randn(1, 100).repeat(6, 1) + torch.tensor([0.0, 1, 1, 1, 2, 3])[:, None] * torch.randn(6, 100)[:1]
+    with pytest.raises(InputError, match="do not span --n_components 3 dimensions"):
+        make_basis(window, 3, "snapshots")
