@@ -4,6 +4,8 @@
 # ./run.sh cifar100 the same on CIFAR-100 for eleven networks of the zoo, into one table; MODELS, CORRUPT, SAVE_ROOT
 # ./run.sh quick    the same pipeline on scikit-learn's digits with a ResNet-8: minutes on two CPU cores, no download;
 #                   SEED=1
+# ./run.sh table-cifar10, table-cifar100, table-noise, table-dims, table-basis, table-sampling
+#                   the tables, into SAVE_ROOT/SCALE/tables; SCALE=full (or cpu), SEEDS="1 2 3", SAVE_ROOT=runs
 # ./run.sh test     the test suite; further arguments go to pytest
 # ./run.sh lint     ruff
 # Each uses the active python where it has the packages, else a .venv made from requirements.txt here.
@@ -95,10 +97,136 @@ quick() {
     stage report.py "$dir" --figure "$dir/figure.png"
 }
 
+# ------------------------------------------------------------------------------------------------- tables
+# SCALE=full is the paper's size; cpu one that two cores finish in under an hour a table. Tables share their SGD runs:
+# all lie in $SAVE_ROOT/$SCALE/<data set>_c<label noise>_seed<seed>/<run>, and `leaves` lists those of the table at hand.
+
+scale() {
+    root=${SAVE_ROOT:-runs}/${SCALE:-full}
+    case ${SCALE:-full} in
+        full) arch=resnet20 part=() sgd=(--epochs 150) adam=(--epochs 150) window=81 k=40 dims="3 5 6 9 12 15 20 25 40"
+            noises="0 0.1 0.2 0.4" noise_dims="5 15 25 40" psgd=(--epochs 40 --batch-size 128)
+            pbfgs=(--epochs 20 --batch-size 1024) ;;
+        cpu) arch=resnet8 part=(--smalldatasets 0.2) sgd=(--epochs 30 --milestones 20 27) adam=("${sgd[@]}") window=21
+            k=15 dims="3 5 10 15 20" noises="0 0.2 0.4" noise_dims="15"
+            psgd=(--epochs 20 --batch-size 128 --milestones 12 18) pbfgs=(--epochs 10 --batch-size 256) ;;
+        *) echo "run.sh: error: SCALE is full or cpu" >&2; exit 2 ;;
+    esac
+    dataset=CIFAR10 leaves=()
+}
+
+# begin SEED NOISE: the directory of one sampling run and what is compared with it
+begin() {
+    seed=$1 noise=$2 group=$root/${dataset}_${arch}_c$2_seed$1
+    mkdir -p "$group"
+    log=$group/console.log
+    common=(--datasets "$dataset" --arch "$arch" "${part[@]}" --corrupt "$noise" --randomseed "$seed")
+}
+
+# leaf NAME SCRIPT FLAG ...: one run of the table, skipped if it is finished
+leaf() {
+    leaves+=("$group/$1")
+    case $2 in
+        train_sgd.py) stage "$2" "${common[@]}" "${@:3}" --save-dir "$group/$1" ;;
+        *) stage "$2" "${common[@]}" --save-dir "$group/sgd" --output-dir "$group/$1" --params_start 0 "${@:3}" ;;
+    esac
+}
+
+sample() { leaf sgd train_sgd.py --lr 0.1 "${sgd[@]}"; }
+in_psgd() { leaf "psgd_$1" train_psgd.py --params_end "$window" --lr 1 "${psgd[@]}" "${@:2}"; }
+in_pbfgs() { leaf "pbfgs_$1" train_pbfgs.py --params_end "$window" "${pbfgs[@]}" "${@:2}"; }
+
+# publish NAME: the table of the leaves, and what it was made from, in $root/tables/NAME (no weights)
+publish() {
+    local directory leaf
+    directory=$root/tables/$1
+    for leaf in "${leaves[@]}"; do
+        mkdir -p "$directory/${leaf#"$root"/}"
+        cp "$leaf"/*.json "$leaf"/*.jsonl "$directory/${leaf#"$root"/}"
+        cp "${leaf%/*}/console.log" "$directory/$(basename "${leaf%/*}")"
+    done
+    log=$directory/report.log
+    stage report.py "$directory" --table "$directory/table.md" --figure "$directory/figure.png"
+}
+
+table_methods() { # SGD, Adam, P-SGD and P-BFGS
+    for seed in ${SEEDS:-1}; do
+        begin "$seed" 0
+        sample
+        leaf adam train_sgd.py --optimizer adam "${adam[@]}"
+        in_psgd "k$k" --n_components "$k"
+        in_pbfgs "k$k" --n_components "$k"
+    done
+}
+
+table_noise() {
+    for seed in ${SEEDS:-1}; do
+        for noise in $noises; do
+            begin "$seed" "$noise"
+            sample
+            for d in $noise_dims; do in_psgd "k$d" --n_components "$d"; done
+            in_pbfgs "k$k" --n_components "$k"
+        done
+    done
+}
+
+table_dims() {
+    for seed in ${SEEDS:-1}; do
+        begin "$seed" 0
+        sample
+        for d in $dims; do in_psgd "k$d" --n_components "$d"; done
+    done
+}
+
+table_basis() { # principal directions against random ones and the span of snapshots
+    for seed in ${SEEDS:-1}; do
+        begin "$seed" 0
+        sample
+        in_psgd "k$k" --n_components "$k"
+        in_psgd "random_k$k" --n_components "$k" --basis random
+        in_psgd "snapshots_k$k" --n_components "$k" --basis snapshots
+    done
+}
+
+table_sampling() { # where the window ends, how dense it is
+    local end ends samples=2
+    case $root in */full) ends="21 41 61 81 101" ;; *) ends="11 16 21" ;; esac
+    k=$((${ends%% *} - 1 < 15 ? ${ends%% *} - 1 : 15))
+    for seed in ${SEEDS:-1}; do
+        begin "$seed" 0
+        sample
+        for end in $ends; do
+            leaf "psgd_end${end}_k$k" train_psgd.py --params_end "$end" --n_components "$k" --lr 1 "${psgd[@]}"
+        done
+        leaf "psgd_second_k$k" train_psgd.py --params_end "$window" --params_step 2 --n_components "$k" --lr 1 "${psgd[@]}"
+        leaf "sgd_twice" train_sgd.py --lr 0.1 "${sgd[@]}" --samples-per-epoch "$samples"
+        leaves+=("$group/psgd_twice_k$k") # a window of the same epochs, twice as dense
+        stage train_psgd.py "${common[@]}" --save-dir "$group/sgd_twice" --output-dir "$group/psgd_twice_k$k" \
+            --params_start 0 --params_end "$((samples * (window - 1) + 1))" --n_components "$k" --lr 1 "${psgd[@]}"
+    done
+}
+
+cifar100_scale() {
+    dataset=CIFAR100
+    [[ ${SCALE:-full} == full ]] || return 0
+    arch=resnet32 sgd=(--epochs 200) adam=("${sgd[@]}") window=101
+}
+
 runtime="torch, torchvision, numpy, sklearn, matplotlib, tqdm"
 case ${1:-demo} in
     demo) environment requirements.txt "$runtime"; demo ;;
     cifar100) environment requirements.txt "$runtime"; zoo ;;
+    table-*) environment requirements.txt "$runtime"; scale
+        case $1 in
+            table-cifar10) table_methods ;;
+            table-cifar100) cifar100_scale; table_methods ;;
+            table-noise) table_noise ;;
+            table-dims) table_dims ;;
+            table-basis) table_basis ;;
+            table-sampling) table_sampling ;;
+            *) echo "run.sh: error: there is no $1" >&2; exit 2 ;;
+        esac
+        publish "${1#table-}" ;;
     quick) environment requirements.txt "$runtime"; quick ;;
     test) environment requirements-dev.txt "$runtime, pytest"; exec "$python" -m pytest "${@:2}" ;;
     lint) environment requirements-dev.txt "ruff"; exec "$python" -m ruff check . ;;

@@ -20,7 +20,9 @@ def shell(tmp_path):
     stub.write_text(
         '#!/bin/bash\n[[ $1 == -c ]] && exit 0\n'
         f'echo "${{@:2}}" >> {shlex.quote(str(calls))}\n'
-        '[[ $2 == "$FAIL" ]] && exit 7\nexit 0\n'
+        '[[ $2 == "$FAIL" ]] && exit 7\n'
+        'while [[ $# -gt 1 ]]; do [[ $1 != --output-dir && $1 != --save-dir ]] || out=$2; shift; done\n'
+        '[[ -z $out ]] || { mkdir -p "$out"; touch "$out/a.json" "$out/a.jsonl" "$out/0.pt"; }\n'
     )
     stub.chmod(0o755)
 
@@ -123,6 +125,41 @@ def test_a_signal_reaches_the_script_once_and_its_last_words_are_kept(tmp_path, 
     got = "INT" if name == "INT" else "TERM"
     assert shell.returncode == 77 and out.split("\n") == [f"got {got}", f"last words after {got}", ""]
     assert out in (tmp_path / "quick" / "log").read_text()
+
+
+SCRIPTS = {f"{script.__name__}.py": script for script in (train_sgd, train_pbfgs, train_psgd)}
+
+
+@pytest.mark.parametrize("scale", ["full", "cpu"])
+@pytest.mark.parametrize("table, runs", [
+    ("cifar10", {"full": 4, "cpu": 4}), ("cifar100", {"full": 4, "cpu": 4}), ("noise", {"full": 24, "cpu": 9}),
+    ("dims", {"full": 10, "cpu": 6}), ("basis", {"full": 4, "cpu": 4}), ("sampling", {"full": 9, "cpu": 7})])
+def test_tables_run_each_setting_for_each_seed(shell, tmp_path, scale, table, runs):
+    """All stages have valid arguments, a directory of their own beside their SGD run's, and a place in the table."""
+    status, calls = shell(f"table-{table}", SCALE=scale, SEEDS="1 2")
+    assert status == 0 and len(calls) == 2 * runs[scale] + 1
+    directories = set()
+    for name, *argv in calls[:-1]:
+        args = SCRIPTS[name].parse_args(argv)
+        assert args.smalldatasets == {"full": None, "cpu": 0.2}[scale]
+        assert args.datasets == ("CIFAR100" if table == "cifar100" else "CIFAR10")
+        directory = getattr(args, "output_dir", args.save_dir)
+        assert f"_c{args.corrupt:g}_seed{args.randomseed}/" in directory
+        assert directory.rsplit("/", 1)[0] == args.save_dir.rsplit("/", 1)[0]
+        if table != "sampling" and name != "train_sgd.py":
+            end = {"full": 101 if table == "cifar100" else 81, "cpu": 21}[scale]
+            assert (args.params_start, args.params_end) == (0, end)
+        directories.add(directory)
+    assert len(directories) == 2 * runs[scale]
+    published = tmp_path / "runs" / scale / "tables" / table
+    assert calls[-1][:2] == ["report.py", str(published)]
+    copied = {str(path.parent.relative_to(published)) for path in published.rglob("*.json")}
+    assert copied == {"/".join(directory.split("/")[-2:]) for directory in directories}
+    assert not list(published.rglob("*.pt"))
+
+
+def test_a_table_that_does_not_exist(shell):
+    assert shell("table-imagenet") == (2, []) and shell("table-noise", SCALE="huge") == (2, [])
 
 
 def test_unknown_command_is_usage(shell):
