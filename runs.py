@@ -319,7 +319,7 @@ class Run:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise InputError(f"{self.path('log.jsonl')} cannot be written: {error.strerror}") from error
-        trials = f"  trials {line['trials_per_step']:5.2f}" if statistics else ""
+        trials = f"  trials {line['trials_per_step']:5.2f}" if "trials_per_step" in statistics else ""
         text = ("epoch {epoch:4d}/{epochs}  lr {lr:<7.4g} train loss {train_loss:7.4f} acc {train_accuracy:6.2f}%  "
                 "test loss {test_loss:7.4f} acc {test_accuracy:6.2f}%  best {best_accuracy:6.2f}% @{best_epoch:<4d}"
                 "{trials}  {seconds:7.1f} s {samples_per_second:8.0f}/s")

@@ -187,6 +187,10 @@ class ProjectedSGD:
         self.optimizer.step()
         torch.addmv(self.start, self.P.T, self.theta, out=self.w)
 
+    def statistics(self) -> dict:
+        """theta, for the log."""
+        return {"theta": self.theta.tolist()}
+
     @property
     def param_groups(self) -> list[dict]:
         """Those of the optimiser on theta: where a schedule sets the lr."""
@@ -248,6 +252,7 @@ class ProjectedBFGS:
         self.B = torch.eye(len(P), dtype=torch.float64)  # (k, k), on the host like g and s
         self.g: Tensor | None = None  # (k,) projected gradient of the previous iteration
         self.s: Tensor | None = None  # (k,) step taken in it
+        self.theta = torch.zeros(len(P), dtype=torch.float64)  # (k,) where all the steps have led
         self.v = torch.zeros_like(w) if alpha else None  # (D,) residual momentum
         self.before = torch.empty_like(w)  # (D,) parameters at the start of the iteration
         self.steps = self.trials = self.accepted_at_once = self.failed = self.skipped = 0
@@ -281,6 +286,7 @@ class ProjectedBFGS:
             self.w.copy_(self.before)
             raise FloatingPointError(f"the line search ended on a loss of {search.loss} after {search.trials} trials")
         self.g, self.s = g, search.t * d
+        self.theta += self.s
         if self.alpha:
             self.v.mul_(self.gamma).add_(self.w.grad).sub_(self.P.T @ g_device)
             self.w.sub_(self.v, alpha=self.alpha)
@@ -290,22 +296,23 @@ class ProjectedBFGS:
         self.failed += not search.accepted
         return search
 
-    def counts(self) -> dict[str, float]:
-        """Line-search statistics since the last call; first_trial_accepted is a share of the steps in percent."""
-        counts = {
+    def statistics(self) -> dict:
+        """theta, and the searches since the last call; first_trial_accepted is a share of the steps in percent."""
+        statistics = {
+            "theta": self.theta.tolist(),
             "trials_per_step": self.trials / max(1, self.steps),
             "first_trial_accepted": 100 * self.accepted_at_once / max(1, self.steps),
             "failed_searches": self.failed,
             "skipped_updates": self.skipped,
         }
         self.steps = self.trials = self.accepted_at_once = self.failed = self.skipped = 0
-        return counts
+        return statistics
 
     def state_dict(self) -> dict:
-        return {"B": self.B, "g": self.g, "s": self.s, "v": self.v}
+        return {"B": self.B, "g": self.g, "s": self.s, "theta": self.theta, "v": self.v}
 
     def load_state_dict(self, state: dict) -> None:
-        self.B, self.g, self.s = state["B"], state["g"], state["s"]
+        self.B, self.g, self.s, self.theta = state["B"], state["g"], state["s"], state["theta"]
         if self.alpha:
             self.v.copy_(state["v"])
 

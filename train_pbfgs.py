@@ -61,7 +61,7 @@ def main(args):
             pbfgs.step(float(trial_loss(x, y)) if args.half else loss, lambda: trial_loss(x, y))
 
     return utils.fit(run, model, w, data, passes=capture(utils.training_passes(model, args.half)), update=update,
-                     algorithm=pbfgs, schedule=utils.multistep(args.lr, []), statistics=pbfgs.counts)
+                     algorithm=pbfgs, schedule=utils.multistep(args.lr, []), statistics=pbfgs.statistics)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def main(args):
     step = capture(psgd.step)
     return utils.fit(run, model, w, data, passes=capture(utils.training_passes(model, args.half)),
                      update=lambda *_: step(key=psgd.param_groups[0]["lr"]), algorithm=psgd,
-                     schedule=utils.multistep(args.lr, args.milestones),
+                     schedule=utils.multistep(args.lr, args.milestones), statistics=psgd.statistics,
                      read_every=args.print_freq if device.type == "cuda" else 1)
 
 

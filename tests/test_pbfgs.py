@@ -98,13 +98,15 @@ def test_training_equals_the_oracle(batches, accumulate, alpha):
 
     outside = np.linalg.norm((np.eye(len(w0)) - P.T @ P) @ (w.numpy() - w0))
     assert outside > 0.05 if alpha else outside < 1e-12
-    counts = pbfgs.counts()
+    counts = pbfgs.statistics()
+    if not alpha:
+        np.testing.assert_allclose(counts["theta"], P @ (w.numpy() - w0), rtol=1e-9, atol=1e-12)
     assert counts["trials_per_step"] == pytest.approx(np.mean([line.trials for line in expected]), abs=1e-12)
     at_once = np.mean([line.accepted and line.trials == 1 for line in expected])
     assert counts["first_trial_accepted"] == pytest.approx(100 * at_once, abs=1e-9)
     assert counts["failed_searches"] == sum(not line.accepted for line in expected)
     assert counts["skipped_updates"] == sum(bool(line.skipped) for line in expected)
-    assert pbfgs.counts()["skipped_updates"] == pbfgs.counts()["trials_per_step"] == 0  # counted from the last call
+    assert pbfgs.statistics()["skipped_updates"] == pbfgs.statistics()["trials_per_step"] == 0  # counted from the last call
 
 
 def test_accumulation_works_on_the_batches_the_scripts_pass():
@@ -151,7 +153,7 @@ def test_failed_searches_take_the_last_tiny_step(max_trials, alpha):
     history = drive(w, pbfgs, objectives)
     # 0.4^29 d is 1e-11 long beside a w of length 10: what rounding leaves of such a step is 4 digits, hence rtol
     assert_same_history(history, expected, w0, rtol=1e-6 if max_trials == 20 or alpha else 1e-3)
-    assert pbfgs.counts()["failed_searches"] == 3
+    assert pbfgs.statistics()["failed_searches"] == 3
     for _, search, _ in history:
         assert search.t == pytest.approx(0.4 ** (search.trials - 1), rel=1e-12)
 

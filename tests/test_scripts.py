@@ -60,7 +60,8 @@ def test_subspace_scripts(sampled, tmp_path, script, method, capsys):
     assert summary["snapshots"] == 6 and 0.9 < summary["explained_variance"]["total"] <= 1
     assert len(summary["explained_variance"]["per_component"]) == 4
     lines = log_of(tmp_path, method)
-    assert set(lines[0]) == set(LOG_KEYS + (SEARCH_KEYS if method == "pbfgs" else []))
+    assert set(lines[0]) == {"theta", *LOG_KEYS, *(SEARCH_KEYS if method == "pbfgs" else [])}
+    assert len(lines[0]["theta"]) == 4 and lines[0]["theta"] != lines[-1]["theta"]
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
     assert out.index("basis: 4 components of 6 snapshots explain") < out.index("epoch    1/3")
     (line,) = [line for line in out.splitlines() if line.startswith("summary ")]
