@@ -106,21 +106,23 @@ def load_window(paths: list[Path], model: nn.Module, device: torch.device | str 
     return window
 
 
-def pca_basis(window: Tensor, k: int, chunk_bytes: int = 2**23) -> tuple[Tensor, list[float]]:
+def pca_basis(window: Tensor, k: int, chunk_bytes: int | None = None) -> tuple[Tensor, list[float]]:
     """First k principal directions of the rows of `window` (n, D), exactly: P (k, D) with orthonormal rows.
 
     Returns P and the share of the total variance that each of its rows explains (k floats, descending; the sum over
-    all n - 1 components would be 1). `window`, which must own its memory, is used up: it becomes P, so that nothing as
-    large is needed beside it. Each row's sign is such that its largest coefficient in the snapshots is positive.
+    all n - 1 components would be 1). `window`, which must own its memory, is used up: it becomes P, and beside it only
+    P's size is needed, while the rest is handed back. Each row's sign is such that its largest coefficient in the
+    snapshots is positive.
 
     P holds the first k right singular vectors of the centred window, by way of the n x n Gram matrix of differences
-    to the first row, accumulated and decomposed in float64 in column chunks of `chunk_bytes`; the same matrix in
-    float32 loses half the digits. Each chunk is read alone, twice: a window on disk could be streamed through here.
+    to the first row, accumulated and decomposed in float64 in column chunks of `chunk_bytes` (on a CPU 8 MiB,
+    which its cache holds; on a GPU 256 MiB, for few launches); the same matrix in float32 loses half the digits. Each chunk is read alone, twice: a window on disk could be streamed through here.
     Raises InputError if k > n - 1 (the rank of n centred rows) or if the rows span fewer than k directions.
     """
     n, D = window.shape
     if not 1 <= k <= n - 1:
         raise InputError(f"--n_components {k}: {n} snapshots have 1 to {n - 1} principal components")
+    chunk_bytes = chunk_bytes or (2**23 if window.device.type == "cpu" else 2**28)
     columns = max(1, chunk_bytes // (8 * n))
     reference = window[0].clone()
     gram = torch.zeros(n, n, dtype=torch.float64, device=window.device)
