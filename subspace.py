@@ -115,8 +115,9 @@ def pca_basis(window: Tensor, k: int, chunk_bytes: int | None = None) -> tuple[T
     snapshots is positive.
 
     P holds the first k right singular vectors of the centred window, by way of the n x n Gram matrix of differences
-    to the first row, accumulated and decomposed in float64 in column chunks of `chunk_bytes` (on a CPU 8 MiB,
-    which its cache holds; on a GPU 256 MiB, for few launches); the same matrix in float32 loses half the digits. Each chunk is read alone, twice: a window on disk could be streamed through here.
+    to the first row, accumulated and decomposed in float64 in column chunks of `chunk_bytes` (8 MiB on a CPU, which its
+    cache holds; 256 MiB on a GPU, for few launches); the same matrix in float32 loses half the digits. Each chunk is
+    read alone, twice: a window on disk could be streamed through here.
     Raises InputError if k > n - 1 (the rank of n centred rows) or if the rows span fewer than k directions.
     """
     n, D = window.shape
