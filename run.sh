@@ -69,7 +69,7 @@ demo() {
             stage train_sgd.py "${common[@]}" --lr 0.1 --epochs "$epochs"
             stage train_pbfgs.py "${subspace[@]}" --epochs 20 --batch-size 1024
             stage train_psgd.py "${subspace[@]}" --epochs 40 --lr 1 --batch-size 128
-            stage report.py "$root/save_labelnoise${c}_$name" --figure "$root/save_labelnoise${c}_$name/figure.png"
+            stage report.py "$root/save_labelnoise${c}_$name" --figures "$root/save_labelnoise${c}_$name"
             runs+=("$root/save_labelnoise${c}_$name")
         done
     done
@@ -94,7 +94,7 @@ quick() {
     stage train_sgd.py "${common[@]}" --lr 0.1 --epochs 60 --milestones 45
     stage train_pbfgs.py "${subspace[@]}" --epochs 30 --batch-size 64
     stage train_psgd.py "${subspace[@]}" --epochs 40 --lr 1 --batch-size 128
-    stage report.py "$dir" --figure "$dir/figure.png"
+    stage report.py "$dir" --figures "$dir"
 }
 
 # ------------------------------------------------------------------------------------------------- tables
@@ -146,7 +146,8 @@ publish() {
         cp "${leaf%/*}/console.log" "$directory/$(basename "${leaf%/*}")"
     done
     log=$directory/report.log
-    stage report.py "$directory" --table "$directory/table.md" --figure "$directory/figure.png"
+    stage report.py "$directory" --table "$directory/table.md" --csv "$directory/runs.csv" \
+        --figures "$directory"
 }
 
 table_methods() { # SGD, Adam, P-SGD and P-BFGS

@@ -58,7 +58,8 @@ OF_SCRIPT = {
                 "--milestones": ["1", "0"], "--pretrained": [None], "--samples-per-epoch": ["1", "2", "50"]},
     train_psgd: {**SUBSPACE, "--momentum": ["0.5"], "--milestones": ["1"]},
     train_pbfgs: {**SUBSPACE, "--alpha": ["0.01", "1e38"], "--gamma": ["0.5"]},
-    report: {"--table": ["NEW/t.md", "FILE/t.md", "t"], "--figure": ["NEW/f.png", "FILE/f.png", "f.xyz"]},
+    report: {"--table": ["NEW/t.md", "FILE/t.md", "t"], "--figures": ["NEW", "FILE", "."],
+             "--csv": ["NEW/t.csv", "t.csv"]},
 }
 
 

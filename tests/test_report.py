@@ -1,4 +1,5 @@
 """The table and figure, from real runs' files."""
+import csv
 import json
 import shutil
 
@@ -21,8 +22,9 @@ def runs(sampled, tmp_path_factory):
     return directory
 
 
-def test_table_and_figure(runs, tmp_path, capsys):
-    report.main(report.parse_args([str(runs), "--table", str(tmp_path / "t.md"), "--figure", str(tmp_path / "f.png")]))
+def test_table_csv_and_figures(runs, tmp_path, capsys):
+    report.main(report.parse_args([str(runs), "--table", str(tmp_path / "t.md"), "--csv", str(tmp_path / "t.csv"),
+                                   "--figures", str(tmp_path)]))
     text = (tmp_path / "t.md").read_text()
     assert text in capsys.readouterr().out
     header, rule, sgd, psgd = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
@@ -32,7 +34,52 @@ def test_table_and_figure(runs, tmp_path, capsys):
     assert psgd[4] == f"{summary['test_accuracy_last']:.2f}"
     assert psgd[5:7] == [f"{summary['test_accuracy_best']:.2f}", str(summary["best_epoch"])]
     assert "30% of the samples" in psgd[0]
-    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((tmp_path / "t.csv").open()))
+    assert [row["label"] for row in rows] == ["SGD", "P-SGD"]
+    assert float(rows[1]["test_accuracy_last"]) == summary["test_accuracy_last"]
+    assert float(rows[1]["explained_variance"]) == summary["explained_variance"]["total"]
+    drawn = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert set(drawn) == {"accuracy.png", "variance.png"}  # one k, no noise, no P-BFGS: nothing to draw of those
+    assert all(content.startswith(b"\x89PNG") for content in drawn.values())
+    report.main(report.parse_args([str(runs), "--figures", str(tmp_path)]))
+    assert drawn == {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+
+
+def test_every_figure_shows_the_numbers_of_its_runs(runs):
+    """Drawn from runs that differ in k, noise, seed and method; the lines hold what the summaries hold."""
+    sgd, psgd = report.find_runs([runs])
+    made = []
+    for seed in (1, 2):
+        for c in (0.0, 0.4):
+            made.append({**sgd, "corrupt": c, "seed": seed, "test_accuracy_last": 90 - 50 * c + seed})
+            for k in (3, 6, 9):
+                made.append({**psgd, "corrupt": c, "seed": seed, "n_components": k,
+                             "test_accuracy_last": 80 + k - 20 * c + seed})
+    (ax,) = report.dimensions(made, "title").axes
+    line = next(line for line in ax.get_lines() if line.get_label() == "_child0" or len(line.get_xdata()) == 3)
+    assert list(line.get_xdata()) == [3, 6, 9] and list(line.get_ydata()) == [84.5, 87.5, 90.5]
+    (ax,) = report.noise(made, "title").axes
+    lines = {tuple(line.get_xdata()): tuple(line.get_ydata()) for line in ax.get_lines() if len(line.get_xdata()) == 2}
+    assert (0.0, 40.0) in lines
+    assert {container.get_label() for container in ax.containers} == {
+        "SGD, last epoch", "SGD, best epoch", "P-SGD, last epoch, k = 9"}
+    pbfgs = {**psgd, "method": "pbfgs", "log": [{"epoch": e, "trials_per_step": 1 + e, "first_trial_accepted": 100 - e}
+                                                for e in (1, 2)]}
+    count, first = report.trials([pbfgs], "title").axes
+    assert list(count.get_lines()[0].get_ydata()) == [2, 3] and list(first.get_lines()[0].get_ydata()) == [99, 98]
+    each, total = report.variance([psgd], "title").axes
+    shares = psgd["explained_variance"]["per_component"]
+    assert list(each.get_lines()[0].get_ydata()) == [100 * share for share in shares]
+    assert total.get_lines()[0].get_ydata()[-1] == pytest.approx(100 * sum(shares))
+
+
+def test_runs_that_have_not_ended_are_listed(runs, tmp_path, capsys):
+    shutil.copytree(runs, tmp_path / "runs")
+    (tmp_path / "runs" / "psgd_summary.json").unlink()
+    report.main(report.parse_args([str(tmp_path)]))
+    out = capsys.readouterr().out
+    assert "P-SGD" not in out.split("unfinished")[0]
+    assert f"unfinished: P-SGD in {tmp_path / 'runs'}, seed 1, 2 of 2 epochs" in out
 
 
 def test_seeds_share_a_row(runs):
@@ -58,8 +105,3 @@ def test_damaged_files_are_named(runs, tmp_path):
     (copy / "psgd_log.jsonl").write_text("{")
     with pytest.raises(InputError, match="psgd_log.jsonl"):
         report.find_runs([copy])
-
-
-def test_unknown_figure_format_is_one_line(runs):
-    with pytest.raises(InputError, match="--figure"):
-        report.main(report.parse_args([str(runs), "--figure", "x.nothing"]))
