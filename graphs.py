@@ -20,6 +20,8 @@ class Graphed:
 
     def __init__(self, function, device):
         self.function, self.device, self.recordings, self.calls = function, device, {}, {}
+        # its recordings never run at the same time, so they may share their memory
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def __call__(self, *inputs, key=None):
         kind = key, *((x.shape, x.stride(), x.dtype) for x in inputs)
@@ -39,8 +41,9 @@ class Graphed:
         if self.device.type == "cpu":
             return buffers, lambda: self.function(*buffers)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):  # computes nothing yet
-            output = self.function(*buffers)
+        with torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream(),
+                              capture_error_mode="thread_local"):  # loader threads may allocate meanwhile
+            output = self.function(*buffers)  # is recorded, and computes nothing yet
 
         def replay():
             graph.replay()

@@ -83,12 +83,19 @@ def main(args):
     else:
         optimizer = torch.optim.Adam([w], lr=args.lr, weight_decay=args.weight_decay, capturable=cuda)
 
+    @optimizer.register_load_state_dict_pre_hook
+    def keep_implementation(optimizer, state):
+        """A checkpoint may come from another device, and would bring along which kernels suit that one."""
+        for group in state["param_groups"]:
+            group.update({key: optimizer.defaults[key] for key in ("fused", "capturable") if key in optimizer.defaults})
+
     def save_snapshot(epoch, iteration):
         if iteration in due:
-            if not torch.isfinite(w).all():
-                raise utils.NonFiniteLoss(f"the parameters are not finite after iteration {iteration}")
+            state = runs.cpu_copy(model.state_dict())
+            if not all(torch.isfinite(value).all() for value in state.values()):  # losses may not have been read yet
+                raise utils.NonFiniteLoss(f"the network is not finite after iteration {iteration}")
             index = epoch * len(due) + due.index(iteration) + 1
-            runs.save_tensors(run.directory / f"{index}.pt", model.state_dict())
+            runs.save_tensors(run.directory / f"{index}.pt", state)
 
     if not run.has_checkpoint():
         runs.save_tensors(run.directory / f"{args.start_epoch * len(due)}.pt", model.state_dict())

@@ -9,6 +9,7 @@ import torch
 import train_sgd
 
 ROOT = Path(__file__).parent.parent
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic; torch looks once per process
 torch.set_num_threads(1)  # for small tensors; two threads beside another job made the suite 20 times slower
 
 

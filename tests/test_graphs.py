@@ -111,16 +111,39 @@ def test_losses_read_late_give_the_same_epoch_and_still_stop():
 
 @pytest.mark.gpu
 def test_convolutions_without_tf32_are_exact_on_cuda(tmp_path):
-    """Against float64: TF32 has 10 bits, 1e-3; float32 1e-6. Products with P never use it."""
+    """Against float64: TF32 has 10 bits, some 3e-4 here; float32 1e-5 at most. Products with P never use it."""
     from argparse import Namespace
 
     torch.manual_seed(0)
     x, weight = torch.randn(8, 64, 16, 16), torch.randn(64, 64, 3, 3)
     exact = torch.nn.functional.conv2d(x.double(), weight.double())
     A = torch.randn(40, 100_000)
-    for choice, bound in (("off", 1e-5), ("on", 1e-2)):
+    for choice, bound in (("off", 5e-5), ("on", 1e-2)):
         utils.set_up(Namespace(deterministic=False, conv_tf32=choice, randomseed=1, device="cuda"))
         error = (torch.nn.functional.conv2d(x.cuda(), weight.cuda()).cpu() - exact).abs().max() / exact.abs().max()
         assert error < bound
         product = (A.cuda() @ A.T.cuda()).cpu().double() - A.double() @ A.double().T
-        assert product.abs().max() < 1e-5 * 100_000
+        assert (product - product.diag().diag()).abs().max() < 2e-2  # of sums of 100,000 products; with TF32 0.3
+
+
+def test_a_checkpoint_of_adam_from_another_device_keeps_this_ones_kernels(tmp_path):
+    """As a CUDA run would have written it: capturable, which refuses a CPU."""
+    argv = digits_args(tmp_path, "--epochs", "1", "--optimizer", "adam")
+    train_sgd.main(train_sgd.parse_args(argv))
+    path = tmp_path / "sgd_checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    for group in state["algorithm"]["param_groups"]:
+        assert group["capturable"] is False
+        group["capturable"] = True
+    torch.save(state, path)
+    argv[argv.index("--epochs") + 1] = "2"
+    assert train_sgd.main(train_sgd.parse_args([*argv, "--resume", "auto"]))["epochs"] == 2
+
+
+def test_no_snapshot_holds_statistics_that_are_not_finite(tmp_path):
+    """Losses are read late on a GPU, and gradients accumulate: the network's buffers know first."""
+    argv = digits_args(tmp_path, "--epochs", "1", "--accumulate", "9", "--samples-per-epoch", "7", "--lr", "1e38")
+    with pytest.raises(InputError, match="epoch 1: the (network is not finite|test loss is|training loss is)"):
+        train_sgd.main(train_sgd.parse_args(argv))
+    for path in tmp_path.glob("[0-9]*.pt"):
+        assert all(value.isfinite().all() for value in runs.load_file(path, "snapshot").values())

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import crash
 import pytest
@@ -20,7 +21,7 @@ import models
 import runs
 import train_psgd
 import train_sgd
-from models.resnet import ResNet, basic
+from models.resnet import Block, ResNet, basic
 from models.stochasticdepth import StochasticBlock
 from utils import InputError
 
@@ -153,10 +154,10 @@ def test_auto_leaves_a_finished_run_alone_and_trains_a_longer_one_on(sampled, tm
         run("--epochs", "2")
 
 
-def small_stochastic_network(num_classes):
-    """Blocks that are skipped at random, and dropout."""
+def small_stochastic_network(block, num_classes):
+    """Dropout and, of StochasticBlocks, ones that are skipped at random (steps of such are never recorded)."""
     stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-    model = ResNet(stem, StochasticBlock, basic, (1, 1, 1), nn.AdaptiveAvgPool2d(1), num_classes, width=8)
+    model = ResNet(stem, block, basic, (1, 1, 1), nn.AdaptiveAvgPool2d(1), num_classes, width=8)
     for block in model.blocks:
         block.survival = 0.5
     model.pool = nn.Sequential(model.pool, nn.Dropout(0.5))
@@ -164,10 +165,12 @@ def small_stochastic_network(num_classes):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_networks_that_draw_in_the_forward_pass_go_on_to_the_same_bits(tmp_path, monkeypatch, method, device):
+@pytest.mark.parametrize("device, block", [
+    ("cpu", StochasticBlock), pytest.param("cuda", StochasticBlock, marks=pytest.mark.gpu),
+    pytest.param("cuda", Block, marks=pytest.mark.gpu)])
+def test_networks_that_draw_in_the_forward_pass_go_on_to_the_same_bits(tmp_path, monkeypatch, method, device, block):
     """Dropout and stochastic depth, in P-BFGS's trials too: what an epoch draws does not depend on what came before."""
-    monkeypatch.setitem(models.SMALL, "small", small_stochastic_network)
+    monkeypatch.setitem(models.SMALL, "small", partial(small_stochastic_network, block))
     script, results = crash.SCRIPTS[method], []
     for parts in ([3], [2, 3]):
         directory = tmp_path / str(len(parts))
