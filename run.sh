@@ -6,6 +6,7 @@
 #                   SEED=1
 # ./run.sh table-cifar10, table-cifar100, table-noise, table-dims, table-basis, table-sampling
 #                   the tables, into SAVE_ROOT/SCALE/tables; SCALE=full (or cpu), SEEDS="1 2 3", SAVE_ROOT=runs
+# ./run.sh trajectory   how far SGD strays from the subspace, the paths over the loss surface; likewise
 # ./run.sh test     the test suite; further arguments go to pytest
 # ./run.sh lint     ruff
 # Each uses the active python where it has the packages, else a .venv made from requirements.txt here.
@@ -207,6 +208,21 @@ table_sampling() { # where the window ends, how dense it is
     done
 }
 
+trajectory() { # how far SGD strays from the subspace, and all three paths over the loss surface
+    for seed in ${SEEDS:-1}; do
+        begin "$seed" 0
+        sample
+        in_psgd "k$k" --n_components "$k"
+        in_pbfgs "k$k" --n_components "$k"
+        stage trajectory.py "${common[@]}" --save-dir "$group/sgd" --params_end "$window" --n_components "$k" \
+            --runs "$group/psgd_k$k" "$group/pbfgs_k$k" --json "$group/trajectory.json" --figure "$group/trajectory.png"
+    done
+    publish trajectory
+    for seed in ${SEEDS:-1}; do
+        cp "$root/${dataset}_${arch}_c0_seed$seed"/trajectory.* "$root/tables/trajectory/${dataset}_${arch}_c0_seed$seed"
+    done
+}
+
 cifar100_scale() {
     dataset=CIFAR100
     [[ ${SCALE:-full} == full ]] || return 0
@@ -217,6 +233,7 @@ runtime="torch, torchvision, numpy, sklearn, matplotlib, tqdm"
 case ${1:-demo} in
     demo) environment requirements.txt "$runtime"; demo ;;
     cifar100) environment requirements.txt "$runtime"; zoo ;;
+    trajectory) environment requirements.txt "$runtime"; scale; trajectory ;;
     table-*) environment requirements.txt "$runtime"; scale
         case $1 in
             table-cifar10) table_methods ;;

@@ -12,6 +12,7 @@ import report
 import train_pbfgs
 import train_psgd
 import train_sgd
+import trajectory
 
 README = (ROOT / "README.md").read_text()
 FLAG = r"(?<![\w-])--[a-z][\w-]*"
@@ -19,7 +20,7 @@ FLAG = r"(?<![\w-])--[a-z][\w-]*"
 
 def test_every_flag_is_documented_and_exists(capsys):
     flags = set()
-    for script in (train_sgd, train_pbfgs, train_psgd, report):
+    for script in (train_sgd, train_pbfgs, train_psgd, report, trajectory):
         with pytest.raises(SystemExit):
             script.parse_args(["--help"])
         flags |= set(re.findall(FLAG, capsys.readouterr().out))

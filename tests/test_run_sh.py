@@ -10,6 +10,7 @@ from conftest import ROOT
 import train_pbfgs
 import train_psgd
 import train_sgd
+import trajectory
 
 
 @pytest.fixture
@@ -21,7 +22,9 @@ def shell(tmp_path):
         '#!/bin/bash\n[[ $1 == -c ]] && exit 0\n'
         f'echo "${{@:2}}" >> {shlex.quote(str(calls))}\n'
         '[[ $2 == "$FAIL" ]] && exit 7\n'
-        'while [[ $# -gt 1 ]]; do [[ $1 != --output-dir && $1 != --save-dir ]] || out=$2; shift; done\n'
+        'while [[ $# -gt 1 ]]; do\n'
+        '  [[ $1 != --output-dir && $1 != --save-dir ]] || out=$2; [[ $1 != --json ]] || touch "$2"; shift\n'
+        'done\n'
         '[[ -z $out ]] || { mkdir -p "$out"; touch "$out/a.json" "$out/a.jsonl" "$out/0.pt"; }\n'
     )
     stub.chmod(0o755)
@@ -156,6 +159,16 @@ def test_tables_run_each_setting_for_each_seed(shell, tmp_path, scale, table, ru
     copied = {str(path.parent.relative_to(published)) for path in published.rglob("*.json")}
     assert copied == {"/".join(directory.split("/")[-2:]) for directory in directories}
     assert not list(published.rglob("*.pt"))
+
+
+def test_trajectory_draws_the_runs_it_made(shell, tmp_path):
+    status, calls = shell("trajectory", SCALE="cpu")
+    assert status == 0 and [call[0] for call in calls] == [
+        "train_sgd.py", "train_psgd.py", "train_pbfgs.py", "trajectory.py", "report.py"]
+    args = trajectory.parse_args(calls[3][1:])
+    assert args.runs == [SCRIPTS[call[0]].parse_args(call[1:]).output_dir for call in calls[1:3]]
+    assert (args.save_dir, args.n_components, args.params_end) == (
+        train_sgd.parse_args(calls[0][1:]).save_dir, 15, 21)
 
 
 def test_a_table_that_does_not_exist(shell):

@@ -1,0 +1,82 @@
+"""The trajectory seen from the subspace of its first epochs, against float64 by hand."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import digits_args
+
+import models
+import train_psgd
+import trajectory
+from subspace import flat_parameters, load_window, snapshot_paths
+from utils import InputError
+
+FLAGS = ["--datasets", "digits", "--arch", "resnet8", "--smalldatasets", "0.3", "--params_end", "4", "--n_components",
+         "2", "--device", "cpu"]
+
+
+def test_distances_accuracies_and_picture(sampled, tmp_path, monkeypatch, capsys):
+    """A basis of snapshots 0 to 3 and the steps to all of 0 to 5; the first three lie in a plane with their start."""
+    monkeypatch.setattr(trajectory, "GRID", 3)
+    argv = digits_args(sampled, "--output-dir", str(tmp_path), *FLAGS[6:10], "--epochs", "2")
+    train_psgd.main(train_psgd.parse_args(argv))
+    path, figure = tmp_path / "t.json", tmp_path / "t.png"
+    trajectory.main(trajectory.parse_args([*FLAGS, "--save-dir", str(sampled), "--samples", "100", "--runs",
+                                           str(tmp_path), "--json", str(path), "--figure", str(figure)]))
+    result = json.loads(path.read_text())
+    assert result["snapshots"] == [0, 5] and figure.read_bytes().startswith(b"\x89PNG")
+    assert "snapshot 5 is " in capsys.readouterr().out
+
+    X = load_window(snapshot_paths(sampled, range(6)), models.get_model("resnet8", 10)).double().numpy()
+    P = np.linalg.svd(X[:4] - X[:4].mean(0), full_matrices=False)[2][:2]
+    steps = X - X[0]
+    np.testing.assert_allclose(result["distance_from_start"], np.linalg.norm(steps, axis=1), rtol=1e-4, atol=1e-6)
+    outside = np.linalg.norm(steps - steps @ P.T @ P, axis=1)
+    np.testing.assert_allclose(result["distance_from_subspace"], outside, rtol=1e-2, atol=1e-3)
+    assert set(result["accuracy"]) == {"last_snapshot", "projected", "projected_own_statistics"}
+    log = [json.loads(line) for line in (sampled / "sgd_log.jsonl").read_text().splitlines()]
+    assert result["accuracy"]["last_snapshot"] == pytest.approx(log[-1]["test_accuracy"])
+
+
+def test_statistics_are_those_of_the_pass():
+    """After it, running means are the means over its batches, whatever they were before; momentum is as it was."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3, momentum=0.3))
+    batches = [(torch.randn(8, 3, 4, 4) + i, None) for i in range(4)]
+    model(batches[0][0])
+    trajectory.refresh_statistics(model, batches)
+    expected = torch.stack([x.mean((0, 2, 3)) for x, _ in batches]).mean(0)
+    torch.testing.assert_close(model[0].running_mean, expected)
+    assert model[0].momentum == 0.3
+
+
+def test_the_surface_is_the_loss_at_its_points(sampled):
+    """The plane through `at`: at its own coordinates the loss is that of `at`; batch norm's statistics stay."""
+    torch.manual_seed(0)
+    model = models.get_model("resnet8", 10)
+    w = flat_parameters(model)
+    at = w.clone()
+    P = torch.linalg.qr(torch.randn(len(w), 2))[0].T.contiguous()
+    x, y = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+    buffers = [b.clone() for b in model.buffers()]
+    a, b = (float(p @ at) for p in P)
+    losses = trajectory.surface(model, w, at, P, [[a, a + 1.0], [b]], [(x, y)])
+    assert all(torch.equal(now, before) for now, before in zip(model.buffers(), buffers, strict=True))
+    w.copy_(at)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model.train()(x), y)
+    assert losses.shape == (1, 2)
+    assert float(losses[0, 0]) == pytest.approx(float(expected), rel=1e-3)
+    w.copy_(at + P[0])
+    with torch.no_grad():
+        assert float(losses[0, 1]) == pytest.approx(
+            float(torch.nn.functional.cross_entropy(model.train()(x), y)), rel=1e-3)
+
+
+def test_runs_in_other_directions_are_refused(sampled, tmp_path):
+    argv = digits_args(sampled, "--output-dir", str(tmp_path), *FLAGS[6:10], "--epochs", "1", "--basis", "random")
+    train_psgd.main(train_psgd.parse_args(argv))
+    with pytest.raises(InputError, match="has no theta in the principal directions"):
+        trajectory.main(trajectory.parse_args([*FLAGS, "--save-dir", str(sampled), "--runs", str(tmp_path), "--figure",
+                                               str(tmp_path / "t.png")]))

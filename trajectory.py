@@ -1,0 +1,190 @@
+"""How far SGD strays from the subspace of its first epochs, and the paths through it over the loss surface.
+
+Reads the snapshots of --save-dir (all that there are), takes the basis of the window as train_psgd.py does, and
+measures for each snapshot its distance from the starting point and from the subspace. The last snapshot is also
+projected into the subspace and evaluated there: with the batch-norm statistics it had, and with those of the projected
+network.
+--figure draws the distances, and the loss over the first two components with the paths of SGD and of the P-SGD and
+P-BFGS runs in --runs (their logs hold theta).
+
+Example:
+  python trajectory.py --datasets digits --arch resnet8 --save-dir runs/quick --params_end 46 --n_components 15 \
+      --runs runs/quick --json runs/quick/trajectory.json --figure runs/quick/trajectory.png
+"""
+import argparse
+import io
+import json
+from itertools import count
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import datasets
+import models
+import utils
+from report import STYLES
+from runs import command_line, git_revision, hardware, load_json, save_json, versions, write_atomically
+from subspace import flat_parameters, frozen_statistics, load_window, pca_basis, read_snapshot, snapshot_paths
+
+GRID = 25  # points a side of the loss surface
+
+
+def parse_args(argv=None):
+    description, example = __doc__.strip().split("\n\nExample", 1)
+    parser = utils.Parser(
+        description=description, epilog="example" + example, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", nargs="*", default=[], metavar="DIR", help="directories of P-SGD and P-BFGS runs")
+    parser.add_argument("--samples", type=utils.count, default=2000, metavar="N",
+                        help="training samples of the loss surface (default: 2000)")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
+    parser.add_argument("--figure", metavar="FILE", help="draw the figure to this file (.png)")
+    parser.add_argument("--save-dir", required=True, metavar="DIR", help="where the snapshots lie")
+    for flag, kind, default in (("--datasets", str, "CIFAR10"), ("--data", str, "data/"), ("--arch", str, "resnet32"),
+                                ("--smalldatasets", utils.fraction, None), ("--corrupt", utils.fraction, 0.0),
+                                ("--randomseed", utils.seed, 1), ("--batch-size", utils.count, 128),
+                                ("--n_components", utils.count, 40), ("--params_start", utils.natural, 0),
+                                ("--params_end", utils.natural, 51), ("--params_step", utils.count, 1),
+                                ("--device", str, "auto")):
+        parser.add_argument(flag, type=kind, default=default, metavar="X", help="as in train_psgd.py")
+    parser.set_defaults(workers=0, deterministic=False, conv_tf32="off", evaluate=False)
+    return utils.check_args(parser, parser.parse_args(argv))
+
+
+def flat(state, model):
+    """The parameters of a state dict as one vector (D,), on the CPU, in the order of `flat_parameters`."""
+    return torch.cat([state[name].reshape(-1).float() for name, _ in model.named_parameters()])
+
+
+@torch.no_grad()
+def refresh_statistics(model, batches):
+    """Batch norm's running statistics as the means over one pass."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean of the batches
+    model.train()
+    for x, _ in batches:
+        model(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+@torch.no_grad()
+def surface(model, w, at, P, axes, batches):
+    """Losses (len(axes[1]), len(axes[0])) in train mode over the plane of the first two components that holds `at`."""
+    model.train()
+    losses = torch.zeros(len(axes[1]), len(axes[0]), dtype=torch.float64)
+    origin = at - P[:2].T @ (P[:2] @ at)  # the plane's point at coordinates 0, 0, but for where training starts
+    with frozen_statistics(model):
+        for i, b in enumerate(axes[1]):
+            for j, a in enumerate(axes[0]):
+                w.copy_(origin + a * P[0] + b * P[1])
+                losses[i, j] = sum(float(F.cross_entropy(model(x), y)) * len(y) for x, y in batches)
+    return losses / sum(len(y) for _, y in batches)
+
+
+def main(args):
+    window = utils.window_indices(args)
+    snapshot_paths(args.save_dir, window)
+    last = next(i for i in count(args.params_start) if not (Path(args.save_dir) / f"{i + 1}.pt").is_file())
+    device = utils.set_up(args)
+    data = datasets.from_args(args, device)
+    model = models.get_model(args.arch, data.classes, args.datasets).to(device)
+    P, explained = pca_basis(load_window(snapshot_paths(args.save_dir, window), model, device), args.n_components)
+    w = flat_parameters(model)
+    start = w.clone()
+
+    path, distances = [], []  # theta (k,) of each snapshot; how far it is from the start, and from the subspace
+    for i in range(args.params_start, last + 1):
+        state = read_snapshot(Path(args.save_dir) / f"{i}.pt", model)
+        step = flat(state, model).to(device) - start
+        path.append(P @ step)
+        distances.append((float(step.norm()), float((step - P.T @ path[-1]).norm())))
+    model.load_state_dict(state)
+    accuracy = {"last_snapshot": utils.evaluate(model, data.test.epoch(0))["accuracy"]}
+    w.copy_(start + P.T @ path[-1])
+    accuracy["projected"] = utils.evaluate(model, data.test.epoch(0))["accuracy"]
+    refresh_statistics(model, data.train.epoch(0))
+    accuracy["projected_own_statistics"] = utils.evaluate(model, data.test.epoch(0))["accuracy"]
+
+    result = {"snapshots": [args.params_start, last], "explained_variance": sum(explained), "accuracy": accuracy,
+              "distance_from_start": [d for d, _ in distances], "distance_from_subspace": [d for _, d in distances],
+              "args": vars(args), "command": command_line(), "versions": versions(), "hardware": hardware(device),
+              "git_revision": git_revision()}
+    far, outside = distances[-1]
+    print(f"snapshot {last} is {far:.2f} from the start and {outside:.2f} from the {args.n_components} dimensions "
+          f"({100 * outside / far:.0f}%)")
+    print(f"test accuracy: {accuracy['last_snapshot']:.2f}%; projected {accuracy['projected']:.2f}%, with its own "
+          f"batch-norm statistics {accuracy['projected_own_statistics']:.2f}%")
+    if args.json:
+        save_json(Path(args.json), result)
+    if args.figure:
+        lines = {"sgd": [[theta[:2].tolist() for theta in path]]}
+        for method in ("psgd", "pbfgs"):
+            lines[method] = [read_path(file) for directory in args.runs
+                             for file in sorted(Path(directory).rglob(f"{method}_log.jsonl"))]
+        xy = torch.tensor([point for group in lines.values() for line in group for point in line])
+        margin = 0.15 * (xy.amax(0) - xy.amin(0)) + 1e-6
+        axes = [torch.linspace(float(xy[:, i].min() - margin[i]), float(xy[:, i].max() + margin[i]), GRID)
+                for i in (0, 1)]
+        batches = held(data.train.epoch(0), args.samples)
+        losses = surface(model, w, start + P.T @ path[-1], P, [axis + float(P[i] @ start) for i, axis in
+                                                               enumerate(axes)], batches)
+        image = io.BytesIO()
+        draw(result, lines, axes, losses).savefig(image, dpi=150, format="png", metadata={"Software": None})
+        write_atomically(Path(args.figure), image.getbuffer())
+        print(f"figure: {args.figure}")
+    return result
+
+
+def read_path(file):
+    """The first two coordinates of theta along a run, from its log; the start is (0, 0)."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    if not all("theta" in line for line in lines) or load_json(file.with_name(file.name.replace(
+            "_log.jsonl", "_args.json"))).get("args", {}).get("basis", "pca") != "pca":
+        raise utils.InputError(f"--runs: {file} has no theta in the principal directions")
+    return [[0.0, 0.0], *(line["theta"][:2] for line in lines)]
+
+
+def held(batches, samples):
+    """The first batches, together at least `samples` images."""
+    kept, total = [], 0
+    for x, y in batches:
+        kept.append((x, y))
+        total += len(y)
+        if total >= samples:
+            break
+    return kept
+
+
+def draw(result, lines, axes, losses):
+    """Distances against snapshot; the loss surface (contours of its logarithm) with the paths over it."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    fig = Figure(figsize=(9, 3.8), layout="constrained")
+    fig.suptitle(f"{result['args']['datasets']}, {result['args']['arch']}", fontsize=10)
+    distance, plane = fig.subplots(1, 2)
+    first, last = result["snapshots"]
+    for key, text, colour in (("distance_from_start", "from the start", "#000000"),
+                              ("distance_from_subspace", "from the subspace", "#D55E00")):
+        distance.plot(range(first, last + 1), result[key], color=colour, label=text)
+    distance.axvspan(first, result["args"]["params_end"] - 1, alpha=0.1, color="#009E73", label="window of the basis")
+    distance.set(xlabel="snapshot of SGD", ylabel="distance (Euclidean)")
+    distance.legend(frameon=False, fontsize=8)
+    shown = plane.contourf(*axes, losses.clamp(min=1e-6), levels=20, locator=LogLocator(base=1.25), cmap="Greys_r")
+    fig.colorbar(shown, ax=plane, label="training loss", format="%.2g")
+    for method, group in lines.items():
+        for i, line in enumerate(group):
+            plane.plot(*zip(*line, strict=True), color=STYLES[method][1], marker=".", markersize=4, linewidth=1,
+                       label=None if i else STYLES[method][0])
+    plane.set(xlabel="component 1", ylabel="component 2")
+    plane.legend(fontsize=8)
+    return fig
+
+
+if __name__ == "__main__":
+    utils.run_script(parse_args, main)
