@@ -48,6 +48,12 @@ def test_networks_are_listed_as_they_are():
         assert parameters == f"{sum(p.numel() for p in on_meta(name).parameters()):,}"
 
 
+def test_speeds_are_those_that_were_printed():
+    printed = "".join(path.read_text() for path in (ROOT / "results" / "cpu-speed").glob("*.log"))
+    rows = re.findall(r"^\|.*(?:baseline / ours|--half|its passes|of its first iteration).*$", README, re.MULTILINE)
+    assert len(rows) >= 9 and all(row in printed for row in rows)
+
+
 @pytest.mark.slow
 def test_table_of_networks():
     assert models.__main__.table() in README
