@@ -1,6 +1,7 @@
 """What the crash tests run in processes of their own, to be killed there."""
 import os
 import signal
+import time
 
 import sklearn.datasets
 import sklearn.model_selection  # noqa: F401  (imported before the fork, like torchvision, and not in every process)
@@ -11,6 +12,7 @@ import runs
 import train_pbfgs
 import train_psgd
 import train_sgd
+from utils import Stopped
 
 SCRIPTS = {"sgd": train_sgd, "psgd": train_psgd, "pbfgs": train_pbfgs}
 
@@ -36,6 +38,25 @@ def run_and_die_in_write(method, argv, n):
 
     runs.os.fsync = fsync
     run(method, argv)
+
+
+def run_on_slow_disk(method, argv, n):
+    """Every write to the disk takes a while; in the n-th comes a SIGTERM."""
+    real, calls = os.fsync, 0
+
+    def fsync(descriptor):
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        real(descriptor)
+
+    runs.os.fsync = fsync
+    try:
+        run(method, argv)
+    except Stopped as stop:
+        os._exit(128 + stop.number)
 
 
 def hold_lock(method, argv, ready):

@@ -137,6 +137,20 @@ def test_killed_inside_a_save_a_run_goes_on_to_the_same_bits(sampled, tmp_path, 
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+@pytest.mark.parametrize("n", [7, 11])
+def test_a_signal_while_a_slow_disk_writes_waits_for_it(sampled, tmp_path, processes, whole, n):
+    """In a snapshot and in a checkpoint: the file is whole, the run stops after it and goes on to the same bits."""
+    flags = argv("sgd", sampled, tmp_path)
+    process = processes.Process(target=crash.run_on_slow_disk, args=("sgd", flags, n))
+    process.start()
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM and not list(tmp_path.glob(".*.tmp"))
+    for path in tmp_path.glob("*.pt"):
+        runs.load_file(path, "file")
+    finish(processes, crash.run, "sgd", [*flags, "--resume", "auto"])
+    assert_equal(result("sgd", tmp_path), whole["sgd"][1])
+
+
 def test_auto_leaves_a_finished_run_alone_and_trains_a_longer_one_on(sampled, tmp_path, capsys, whole):
     def run(*more):
         return train_psgd.main(train_psgd.parse_args([*argv("psgd", sampled, tmp_path), "--resume", "auto", *more]))
