@@ -389,7 +389,8 @@ def angle(P, Q):
 
 def accuracy(directory):
     """Principal angles between our basis, scikit-learn's and numpy's SVD in float64."""
-    ours, sklearn = (np.load(directory / f"{side}.npy").astype(np.float64) for side in ("product", "baseline"))
+    ours, sklearn = (np.load(directory / f"{side}.npy", allow_pickle=False).astype(np.float64)
+                     for side in ("product", "baseline"))
     X = torch.load(directory / "window.pt", weights_only=True).double().numpy()
     exact = np.linalg.svd(X - X.mean(0), full_matrices=False)[2][:len(ours)]
     return {"angle_to_sklearn_full": angle(ours, sklearn), "angle_to_float64_svd": angle(ours, exact),
