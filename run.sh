@@ -246,7 +246,7 @@ case ${1:-demo} in
         esac
         publish "${1#table-}" ;;
     quick) environment requirements.txt "$runtime"; quick ;;
-    test) environment requirements-dev.txt "$runtime, pytest"; exec "$python" -m pytest "${@:2}" ;;
+    test) environment requirements-dev.txt "$runtime, pytest, hypothesis"; exec "$python" -m pytest "${@:2}" ;;
     lint) environment requirements-dev.txt "ruff"; exec "$python" -m ruff check . ;;
     *) sed -n '2,/^# A stage/s/^# *//p' "$0" >&2; exit 2 ;;
 esac
