@@ -62,23 +62,24 @@ def unfinished(directories):
     """Lines of text on runs below the directories that have begun and have no summary."""
     lines = []
     for directory in directories:
-        for method, (name, _) in STYLES.items():
+        for method in STYLES:
             for path in sorted(Path(directory).rglob(f"{method}_args.json")):
                 args, log = load_json(path)["args"], path.with_name(f"{method}_log.jsonl")
                 if not path.with_name(f"{method}_summary.json").is_file():
                     epochs = len(log.read_text().splitlines()) if log.is_file() else 0
+                    name = label({"method": method, "args": args})
                     lines.append(f"unfinished: {name} in {path.parent}, seed {args['randomseed']}, {epochs} of "
                                  f"{args['epochs']} epochs")
     return lines
 
 
 def label(run):
-    """SGD, Adam, P-BFGS or P-SGD, and in brackets what its subspace has of its own."""
+    """SGD, Adam, P-BFGS or P-SGD, and in brackets a basis other than the principal directions."""
     args, name = run["args"], STYLES[run["method"]][0]
     if args.get("optimizer") == "adam":
         return "Adam"
-    basis = {"random": ["random"], "snapshots": ["span of snapshots"]}.get(args.get("basis"), [])
-    return f"{name} ({', '.join(basis)})" if basis else name
+    basis = args.get("basis", "pca")
+    return name if basis == "pca" else f"{name} ({basis})"
 
 
 def setting(run):
@@ -257,10 +258,8 @@ def noise(runs, title):
     ):
         these = [run for run in runs if label(run) == STYLES[method][0] and run["epochs"]]
         most = max((run["n_components"] or 0 for run in these), default=0)
-        these = [run for run in these if (run["n_components"] or 0) == most]
+        these = [{**run, "noise": 100 * run["corrupt"]} for run in these if (run["n_components"] or 0) == most]
         if these:
-            for run in these:
-                run["noise"] = 100 * run["corrupt"]
             against(ax, these, "noise", value, linestyle=line, color=STYLES[method][1],
                     label=f"{text}, k = {most}" if most else text)
     ax.set(xlabel="label noise (%)", ylabel="test accuracy (%)")
@@ -302,7 +301,9 @@ def draw(runs, directory):
 def main(args):
     runs = find_runs(args.directories)
     text = table(runs)
-    print(text, *unfinished(args.directories), sep="\n", end="\n" if unfinished(args.directories) else "")
+    print(text, end="")
+    for line in unfinished(args.directories):
+        print(line)
     if args.table:
         write_atomically(Path(args.table), text.encode())
     if args.csv:
