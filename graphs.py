@@ -3,6 +3,7 @@ from functools import partial
 
 import torch
 
+import distributed
 from utils import InputError
 
 WARM_UP = 3  # calls that run as usual first: libraries choose their kernels, optimisers make their state
@@ -65,10 +66,15 @@ def capturer(mode, model, device, dataset="CIFAR10"):
     """Graphed or `plain`, for --cuda-graphs auto, on or off.
 
     auto: on a GPU, but for networks that draw on the host which blocks to compute (a recording would repeat one draw),
-    and for ImageNet, whose steps are long. Raises InputError if such a network is asked to be recorded.
+    for ImageNet, whose steps are long, and for several processes. Raises InputError if such a network, or several
+    processes, are asked to be recorded.
     """
     drawn = any(getattr(module, "draws_on_host", False) for module in model.modules())
     if mode == "on" and drawn:
         raise InputError("--cuda-graphs on: this --arch draws anew which blocks to compute; auto or off will do")
-    on = mode == "on" or mode == "auto" and device.type == "cuda" and not drawn and dataset != "ImageNet"
+    several = distributed.world() > 1
+    if mode == "on" and several:
+        raise InputError("--cuda-graphs on goes with one process; auto or off will do")
+    on = mode == "on" or (mode == "auto" and device.type == "cuda" and not drawn and dataset != "ImageNet"
+                          and not several)
     return partial(Graphed, device=device) if on else plain

@@ -3,8 +3,10 @@ import contextlib
 import fcntl
 import io
 import json
+import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,13 +20,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import distributed
 from utils import InputError, evaluate, pick_device
 
 # ------------------------------------------------------------------------------------------------------ single files
 
 
 def write_atomically(path, data):
-    """Write bytes to `path` so that at any moment, whatever dies, it holds the old content or the new, on the disk."""
+    """Write bytes to `path` so that at any moment, whatever dies, it holds the old content or the new, on the disk.
+
+    Of several processes number 0 does.
+    """
+    if distributed.rank():
+        return path
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -80,6 +88,11 @@ def load_file(path, what):
     return value
 
 
+def without_prefixes(state):
+    """A state dict without what DataParallel (`module.`) or torch.compile (`_orig_mod.`) put before its keys."""
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in state.items()}
+
+
 def load_json(path):
     """A JSON object from a file, or None if there is no such file; raises InputError if it is damaged."""
     try:
@@ -114,7 +127,7 @@ def cpu_copy(value):
 
 # arguments that may differ between a run and the one that goes on from its checkpoint
 HARMLESS = {"epochs", "start_epoch", "resume", "evaluate", "data", "workers", "device", "save_dir", "output_dir",
-            "save_every", "print_freq", "cuda_graphs"}
+            "save_every", "print_freq", "cuda_graphs", "timeout", "basis_memory", "shard_basis"}
 
 
 class Timer:
@@ -174,7 +187,7 @@ class Run:
         `explained`: the variance shares of the basis, if any. `writes`: bytes of the snapshots to come; a disk too
         small for them and the checkpoints is warned of.
         """
-        free = shutil.disk_usage(self.directory).free
+        free = shutil.disk_usage(self.directory).free if distributed.rank() == 0 else math.inf
         writes += 6 * w.nbytes  # network and optimiser in a checkpoint, while the next one is written; final network
         if writes > free:
             print(f"warning: this run writes {writes / 1e6:,.0f} MB, {self.directory} has {free / 1e6:,.0f} MB free",
@@ -199,7 +212,10 @@ class Run:
         """Make the directory, and keep other processes from this method in it until this one ends, killed or not.
 
         Raises InputError if it cannot be written, if such a process is at work, or if it holds another run's results.
+        Of several processes of a run number 0 does this for all.
         """
+        if distributed.rank():
+            return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -238,7 +254,8 @@ class Run:
 
     def first_epoch(self, model, algorithm):
         """Restore the checkpoint that --resume means, or start over; returns the epoch to begin with, from 0."""
-        for pattern in (f".{self.method}_*.tmp", *([".[0-9]*.pt.tmp"] if self.method == "sgd" else [])):
+        patterns = [f".{self.method}_*.tmp", *([".[0-9]*.pt.tmp"] if self.method == "sgd" else [])]
+        for pattern in patterns if distributed.rank() == 0 else ():
             for temporary in self.directory.glob(pattern):  # of a run that was killed while writing
                 temporary.unlink()
         first, stale = self.args.start_epoch, ["summary.json", "final.pt"]  # they would not go with the new log
@@ -250,7 +267,7 @@ class Run:
         else:
             stale.append("checkpoint.pt")
         save_json(self.path("args.json"), {"command": command_line(), "args": vars(self.args)})
-        for name in stale:
+        for name in stale if distributed.rank() == 0 else ():
             self.path(name).unlink(missing_ok=True)
         self.write_log()
         return first
@@ -288,7 +305,12 @@ class Run:
         return state["epoch"]
 
     def state(self, epoch, model, algorithm):
-        """All that a run needs to go on before epoch number `epoch` (counted from 0), copied to the CPU."""
+        """All that a run needs to go on before epoch number `epoch` (counted from 0), copied to the CPU.
+
+        It does not depend on the number of processes; those that write no files get none of it.
+        """
+        if distributed.rank():
+            return None
         seconds = {**self.seconds, "total": time.perf_counter() - self.start}
         return cpu_copy({"method": self.method, "epoch": epoch, "model": model.state_dict(), "seconds": seconds,
                          "algorithm": algorithm.state_dict(), "log": self.log, "facts": self.facts,
@@ -311,9 +333,12 @@ class Run:
             "best_epoch": epoch + 1 if improved else best["epoch"],
             "seconds": round(seconds, 3),
             "samples_per_second": round(train["samples"] / seconds, 1),
+            **({"test_top5": test["top5"]} if "top5" in test else {}),
             **statistics,
         }
         self.log.append(line)
+        if distributed.rank():
+            return
         try:
             with open(self.path("log.jsonl"), "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -323,6 +348,8 @@ class Run:
         text = ("epoch {epoch:4d}/{epochs}  lr {lr:<7.4g} train loss {train_loss:7.4f} acc {train_accuracy:6.2f}%  "
                 "test loss {test_loss:7.4f} acc {test_accuracy:6.2f}%  best {best_accuracy:6.2f}% @{best_epoch:<4d}"
                 "{trials}  {seconds:7.1f} s {samples_per_second:8.0f}/s")
+        if "top5" in test:
+            trials = f"  top-5 {test['top5']:6.2f}%{trials}"
         print(text.format(**line, epochs=self.args.epochs, trials=trials), flush=True)
 
     def finish(self):
@@ -343,6 +370,7 @@ class Run:
             "test_accuracy_best": last["best_accuracy"],
             "best_epoch": last["best_epoch"],
             "train_accuracy_last": last["train_accuracy"],
+            **({"test_top5_last": last["test_top5"]} if "test_top5" in last else {}),
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "args": vars(args),
             "command": command_line(),
@@ -363,8 +391,9 @@ class Run:
         path = self.path(name) if name else Path(args.resume)
         state = load_file(path, "final network (--evaluate)")
         load_model(model, state.get("model", state), path)
-        test = evaluate(model, data.test.epoch(0), args.half)
-        print(f"evaluate  {path}  test loss {test['loss']:.4f}  test accuracy {test['accuracy']:.2f}%", flush=True)
+        test = evaluate(model, data.test.epoch(0), args.half, top5=args.datasets == "ImageNet")
+        print(f"evaluate  {path}  test loss {test['loss']:.4f}  test accuracy {test['accuracy']:.2f}%"
+              + (f"  top-5 {test['top5']:.2f}%" if "top5" in test else ""), flush=True)
         return test
 
 
@@ -400,7 +429,7 @@ def hardware(device):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {"device": device.type, "gpu": gpu, "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "memory_gib": round(memory, 1)}
+            "processes": distributed.world(), "memory_gib": round(memory, 1)}
 
 
 def git_revision():

@@ -17,8 +17,8 @@ line search needs its numbers anyway.
 """
 import contextlib
 import math
-import re
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from runs import load_file
+import distributed
+from runs import load_file, without_prefixes
 from utils import InputError
 
 # ------------------------------------------------------------------------------------------ parameters as a vector
@@ -66,13 +67,12 @@ def snapshot_paths(directory: str | Path, indices: range) -> list[Path]:
 def read_snapshot(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """A state dict that fits `model`, on the CPU, from a file of ours or of the official release.
 
-    Key prefixes left by DataParallel (`module.`) or torch.compile (`_orig_mod.`) are removed.
     Raises InputError with file, tensor and reason for anything else.
     """
     state = load_file(path, "snapshot")
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"snapshot {path} is not a state dict of tensors")
-    state = {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in state.items()}
+    state = without_prefixes(state)
     expected = model.state_dict()
     if state.keys() != expected.keys():
         name = min(state.keys() ^ expected.keys())
@@ -89,48 +89,108 @@ def read_snapshot(path: Path, model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def load_window(paths: list[Path], model: nn.Module, device: torch.device | str = "cpu") -> Tensor:
+def flat_columns(state: dict[str, Tensor], names: list[str], columns: slice) -> Tensor:
+    """The part `columns` of the flat parameters (D,), float32, that the tensors `names` of a state dict make up."""
+    parts, first = [], 0
+    for name in names:
+        values = state[name].reshape(-1)
+        low, high = max(0, columns.start - first), min(len(values), columns.stop - first)
+        if low < high:
+            parts.append(values[low:high].float())
+        first += len(values)
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+class SnapshotFiles:
+    """A window (n, d) that is too large for the memory: it stays in its files, and is read in blocks of columns."""
+
+    def __init__(self, paths: list[Path], names: list[str], columns: slice, device: torch.device | str, memory: int):
+        """The `columns` of the flat parameters `names`, in blocks of about a quarter of `memory` bytes."""
+        for path in paths:
+            if not zipfile.is_zipfile(path):
+                raise InputError(f"{path} is in torch's older format, which cannot be read in parts; raise "
+                                 "--basis-memory, so that the window is loaded, or save it again")
+        self.paths, self.names, self.columns, self.device = paths, names, columns, device
+        self.shape = len(paths), columns.stop - columns.start
+        self.width = max(1, memory // (4 * 4 * len(paths)))
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The columns in order, as matrices (n, up to self.width). The files are mapped for one block at a time."""
+        for first in range(self.columns.start, self.columns.stop, self.width):
+            part = slice(first, min(self.columns.stop, first + self.width))
+            block = torch.empty(len(self.paths), part.stop - first, device=self.device)
+            for row, path in zip(block, self.paths, strict=True):
+                state = without_prefixes(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+                row.copy_(flat_columns(state, self.names, part))
+            yield block
+
+
+def load_window(paths: list[Path], model: nn.Module, device: torch.device | str = "cpu", *, memory: float = math.inf,
+                sharded: bool = False) -> Tensor | SnapshotFiles:
     """Snapshots as a matrix (n, D) of flat parameters on `device`; `model` ends in the full state of the first one.
 
-    Row i holds `model.parameters()` of paths[i] in order, as `flat_parameters` lays them out.
+    Row i holds `model.parameters()` of paths[i] in order, as `flat_parameters` lays them out. `sharded`: only this
+    process's columns of it. A matrix of more than `memory` bytes is not loaded, but left in its (checked) files.
     """
-    window = torch.empty(len(paths), sum(p.numel() for p in model.parameters()), device=device)
+    names = [name for name, _ in model.named_parameters()]
+    D = sum(p.numel() for p in model.parameters())
+    columns = distributed.columns(D) if sharded else slice(0, D)
+    loads = 4 * len(paths) * (columns.stop - columns.start) <= memory
+    window = torch.empty(len(paths), columns.stop - columns.start, device=device) if loads else None
+    dtypes = {}  # other than float32 -> the first file with it
     for i, path in enumerate(paths):
+        if not loads and i and i % distributed.world() != distributed.rank():
+            continue  # each file is checked by one process
         state = read_snapshot(path, model)
-        other = {str(state[name].dtype) for name, _ in model.named_parameters()} - {"torch.float32"}
-        if other:
-            print(f"note: {path} holds {', '.join(sorted(other))}; converted to torch.float32", file=sys.stderr)
-        window[i] = torch.cat([state[name].reshape(-1).float() for name, _ in model.named_parameters()])
+        for name in names:
+            dtypes.setdefault(str(state[name].dtype), path)
+        if loads:
+            window[i] = flat_columns(state, names, columns)
         if i == 0:
             model.load_state_dict(state)
-    return window
+    for dtype in sorted(dtypes.keys() - {"torch.float32"}):
+        print(f"note: {dtypes[dtype]} holds {dtype}; converted to torch.float32", file=sys.stderr)
+    return window if loads else SnapshotFiles(paths, names, columns, device, int(memory))
 
 
-def pca_basis(window: Tensor, k: int, chunk_bytes: int | None = None) -> tuple[Tensor, list[float]]:
+def differences(window: Tensor | SnapshotFiles, chunk_bytes: int | None = None) -> Iterator[Tensor]:
+    """The rows of `window` (n, d) minus its first row, in order of columns and in chunks (n, c) of chunk_bytes.
+
+    The chunks (8 MiB in float64 on a CPU, whose cache holds them; 256 MiB on a GPU, for few launches) are subtracted
+    from in place: those of a matrix are parts of it, those of files are read anew each time.
+    """
+    files = isinstance(window, SnapshotFiles)
+    device = torch.device(window.device)
+    chunk_bytes = chunk_bytes or (2**23 if device.type == "cpu" else 2**28)
+    for block in window.blocks() if files else [window]:
+        for part in block.split(max(1, chunk_bytes // (8 * len(block))), dim=1):
+            part -= part[0].clone()
+            yield part
+
+
+def pca_basis(window: Tensor | SnapshotFiles, k: int, chunk_bytes: int | None = None,
+              sharded: bool = False) -> tuple[Tensor, list[float]]:
     """First k principal directions of the rows of `window` (n, D), exactly: P (k, D) with orthonormal rows.
 
     Returns P and the share of the total variance that each of its rows explains (k floats, descending; the sum over
-    all n - 1 components would be 1). `window`, which must own its memory, is used up: it becomes P, and beside it only
-    P's size is needed, while the rest is handed back. Each row's sign is such that its largest coefficient in the
-    snapshots is positive.
+    all n - 1 components would be 1). A matrix, which must own its memory, is used up: it becomes P, and beside it only
+    P's size is needed, while the rest is handed back. Files are read twice in blocks, and beside P only a block is
+    needed. `sharded`: each process holds the columns (n, d) of one window and gets those of P (k, d). Each row's sign
+    is such that its largest coefficient in the snapshots is positive.
 
     P holds the first k right singular vectors of the centred window, by way of the n x n Gram matrix of differences
-    to the first row, accumulated and decomposed in float64 in column chunks of `chunk_bytes` (8 MiB on a CPU, which its
-    cache holds; 256 MiB on a GPU, for few launches); the same matrix in float32 loses half the digits. Each chunk is
-    read alone, twice: a window on disk could be streamed through here.
+    to the first row, accumulated and decomposed in float64; the same matrix in float32 loses half the digits.
     Raises InputError if k > n - 1 (the rank of n centred rows) or if the rows span fewer than k directions.
     """
-    n, D = window.shape
+    n, d = window.shape
     if not 1 <= k <= n - 1:
         raise InputError(f"--n_components {k}: {n} snapshots have 1 to {n - 1} principal components")
-    chunk_bytes = chunk_bytes or (2**23 if window.device.type == "cpu" else 2**28)
-    columns = max(1, chunk_bytes // (8 * n))
-    reference = window[0].clone()
     gram = torch.zeros(n, n, dtype=torch.float64, device=window.device)
-    for part, ref in zip(window.split(columns, dim=1), reference.split(columns), strict=True):
-        part -= ref
+    for part in differences(window, chunk_bytes):
         X = part.double()
         gram += X @ X.T
+    if sharded:
+        distributed.total(gram)
     centre = torch.eye(n, dtype=torch.float64) - 1 / n
     variance, U = torch.linalg.eigh(centre @ gram.cpu() @ centre)  # ascending; U (n, n)
     variance, U = variance.flip(0).clamp(min=0), U.flip(1)[:, :k]
@@ -141,23 +201,31 @@ def pca_basis(window: Tensor, k: int, chunk_bytes: int | None = None) -> tuple[T
             "are snapshots repeated, or did training not move?"
         )
     U = U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
-    coefficients = (centre @ U / variance[:k].sqrt()).T.to(window.device)  # (k, n): P = coefficients @ window
-    for part in window.split(columns, dim=1):
-        part[:k] = coefficients @ part.double()
-    storage = window.untyped_storage()
-    storage.resize_(k * D * window.element_size())  # hand back the rows that P does not need
-    return window.set_(storage, 0, (k, D), (D, 1)), (variance[:k] / variance.sum()).tolist()
+    coefficients = distributed.from_first((centre @ U / variance[:k].sqrt()).T.contiguous()).to(window.device)  # (k, n)
+    files = isinstance(window, SnapshotFiles)
+    P = torch.empty(k, d, device=window.device) if files else window[:k]  # = coefficients @ window
+    first = 0
+    for part in differences(window, chunk_bytes):
+        P[:, first : first + part.shape[1]] = coefficients @ part.double()
+        first += part.shape[1]
+    if not files:
+        storage = window.untyped_storage()
+        storage.resize_(k * d * window.element_size())  # hand back the rows that P does not need
+        P = window.set_(storage, 0, (k, d), (d, 1))
+    return P, (variance[:k] / variance.sum()).tolist()
 
 
-def make_basis(window: Tensor, k: int, kind: str = "pca", seed: int = 1) -> tuple[Tensor, list[float]]:
+def make_basis(window: Tensor | SnapshotFiles, k: int, kind: str = "pca", seed: int = 1,
+               sharded: bool = False) -> tuple[Tensor, list[float]]:
     """A basis P (k, D) with orthonormal rows, and the share of the window's variance that each row explains.
 
     "pca": `pca_basis`. Two others to compare it with: "random", k random directions drawn from the seed, which know
     nothing of training; "snapshots", what k snapshots, evenly spaced over the window (n, D), span as seen from the
-    first. The window is used up. Raises InputError if the snapshots do not span k dimensions.
+    first; these two want the whole window in memory. It is used up. Raises InputError if the snapshots do not span k
+    dimensions.
     """
     if kind == "pca":
-        return pca_basis(window, k)
+        return pca_basis(window, k, sharded=sharded)
     n, D = window.shape
     if kind == "random":
         rows = torch.randn(k, D, generator=torch.Generator().manual_seed(seed)).to(window.device)
@@ -171,6 +239,26 @@ def make_basis(window: Tensor, k: int, kind: str = "pca", seed: int = 1) -> tupl
     return P, ((P @ window.T).square().sum(1) / window.square().sum()).tolist()
 
 
+# ------------------------------------------------------------------------------------------ into the subspace and out
+#
+# With several processes w.grad (D,) is that of this process's part of the mini-batch, and P is either whole in each
+# (k, D), or this process's columns (k, d): memory and reading of P shrink by their number, but a gradient's and a
+# step's D numbers go over the network, where otherwise k do.
+
+
+def project(P: Tensor, gradient: Tensor) -> Tensor:
+    """P grad (k,), of the mean of the processes' gradients (D,)."""
+    if distributed.world() == 1 or P.shape[1] == len(gradient):
+        return distributed.mean(P @ gradient)
+    return distributed.total(P @ distributed.scatter_mean(gradient))
+
+
+def lift(P: Tensor, s: Tensor, D: int) -> Tensor:
+    """P^T s (D,) for s (k,)."""
+    part = P.T @ s
+    return part if len(part) == D else distributed.gather(part, D)
+
+
 # ------------------------------------------------------------------------------------------------- projected SGD
 
 
@@ -178,7 +266,7 @@ class ProjectedSGD:
     """P-SGD: momentum SGD on theta (k,), where w = w_start + P^T theta and so dw/dtheta gives P grad."""
 
     def __init__(self, w: Tensor, P: Tensor, lr: float = 1.0, momentum: float = 0.9):
-        """w (D,) from `flat_parameters` at its starting point, P (k, D) with orthonormal rows."""
+        """w (D,) from `flat_parameters` at its starting point, P (k, D) with orthonormal rows, or its columns here."""
         self.w, self.P, self.start = w, P, w.clone()
         self.theta = P.new_zeros(len(P))
         self.optimizer = torch.optim.SGD([self.theta], lr=lr, momentum=momentum)
@@ -186,9 +274,12 @@ class ProjectedSGD:
     @torch.no_grad()
     def step(self) -> None:
         """One step from the gradient in w.grad."""
-        self.theta.grad = self.P @ self.w.grad
+        self.theta.grad = project(self.P, self.w.grad)
         self.optimizer.step()
-        torch.addmv(self.start, self.P.T, self.theta, out=self.w)
+        if self.P.shape[1] == len(self.w):
+            torch.addmv(self.start, self.P.T, self.theta, out=self.w)
+        else:
+            torch.add(self.start, lift(self.P, self.theta, len(self.w)), out=self.w)
 
     def statistics(self) -> dict:
         """theta, for the log."""
@@ -248,7 +339,8 @@ class ProjectedBFGS:
 
     def __init__(self, w: Tensor, P: Tensor, *, lr: float = 1.0, rho: float = 0.4, sigma: float = 0.4,
                  max_trials: int = 20, alpha: float = 0.0, gamma: float = 0.9):
-        """w (D,) from `flat_parameters`, P (k, D) with orthonormal rows; `lr` is the first trial's step length."""
+        """w (D,) from `flat_parameters`, P (k, D) with orthonormal rows, or its columns here; `lr` is the first trial's
+        step length."""
         self.w, self.P = w, P
         self.search = {"first": lr, "rho": rho, "sigma": sigma, "max_trials": max_trials}
         self.alpha, self.gamma = alpha, gamma
@@ -264,11 +356,14 @@ class ProjectedBFGS:
     def step(self, f: float, trial_loss: Callable[[], Tensor]) -> Search:
         """One iteration from w.grad, the gradient of the loss f at w.
 
-        trial_loss() evaluates the same mini-batch's loss at the current w, a scalar; it must leave w.grad and the
+        trial_loss() evaluates the same mini-batch's loss at the current w, a scalar (with several processes that of
+        all of them, like f); it must leave w.grad and the
         batch-norm statistics alone (see `frozen_statistics`). Raises FloatingPointError, with w as it was, if
         the search ends on a loss that is not finite.
         """
-        g_device = self.P @ self.w.grad
+        if self.alpha:
+            distributed.mean(self.w.grad)  # whose part outside the subspace every process needs
+        g_device = project(self.P, self.w.grad)
         g = g_device.double().cpu()
         if self.s is not None:
             y = g - self.g
@@ -277,7 +372,7 @@ class ProjectedBFGS:
             else:
                 self.skipped += 1
         d = -self.B @ g
-        direction = self.P.T @ d.to(self.P)
+        direction = lift(self.P, d.to(self.P), len(self.w))
         self.before.copy_(self.w)
 
         def loss_at(t: float) -> float:
@@ -291,7 +386,7 @@ class ProjectedBFGS:
         self.g, self.s = g, search.t * d
         self.theta += self.s
         if self.alpha:
-            self.v.mul_(self.gamma).add_(self.w.grad).sub_(self.P.T @ g_device)
+            self.v.mul_(self.gamma).add_(self.w.grad).sub_(lift(self.P, g_device, len(self.w)))
             self.w.sub_(self.v, alpha=self.alpha)
         self.steps += 1
         self.trials += search.trials

@@ -8,10 +8,13 @@ Writes pbfgs_args.json, pbfgs_log.jsonl, pbfgs_checkpoint.pt, pbfgs_final.pt and
 Example:
   python train_pbfgs.py --datasets CIFAR10 --arch resnet20 --params_end 81 --n_components 40 --save-dir save_resnet20
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
 import datasets
+import distributed
 import graphs
 import models
 import runs
@@ -40,13 +43,15 @@ def main(args):
         run.take_directory()
     with run.timer("load"):
         data = datasets.from_args(args, device)
-        model = models.get_model(args.arch, data.classes, args.datasets).to(device)
+        model = models.from_args(args, data.classes, device)
         if args.evaluate:
             return run.evaluate(model, data)
-        window = load_window(paths, model, device)
+        sharded = args.basis == "pca" and args.shard_basis != "off"
+        window = load_window(paths, model, device, sharded=sharded,
+                             memory=2**30 * args.basis_memory if args.basis == "pca" else math.inf)
         w = flat_parameters(model)
     with run.timer("basis"):
-        P, explained = make_basis(window, args.n_components, args.basis, args.randomseed)
+        P, explained = make_basis(window, args.n_components, args.basis, args.randomseed, sharded)
     run.begin(data, w, snapshots=len(paths), explained=explained)
 
     pbfgs = ProjectedBFGS(w, P, lr=args.lr, alpha=args.alpha, gamma=args.gamma,
@@ -56,9 +61,13 @@ def main(args):
     # in float32 whatever --half: bfloat16 cannot see small steps
     trial_loss = capture(lambda x, y: F.cross_entropy(model(x), y))
 
-    def update(loss, x, y):
+    def update(loss, x, y, weight=None):
+
+        def at_w():  # of several processes, the loss of all their parts
+            return trial_loss(x, y) if weight is None else distributed.mean(weight * trial_loss(x, y).double())
+
         with frozen_statistics(model), torch.no_grad():
-            pbfgs.step(float(trial_loss(x, y)) if args.half else loss, lambda: trial_loss(x, y))
+            pbfgs.step(float(at_w()) if args.half else loss, at_w)
 
     return utils.fit(run, model, w, data, passes=capture(utils.training_passes(model, args.half)), update=update,
                      algorithm=pbfgs, schedule=utils.multistep(args.lr, []), statistics=pbfgs.statistics)

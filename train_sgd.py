@@ -6,9 +6,12 @@ sgd_checkpoint.pt, sgd_final.pt and sgd_summary.json. train_pbfgs.py and train_p
 Example:
   python train_sgd.py --datasets CIFAR10 --arch resnet20 --epochs 150 --save-dir save_resnet20
 """
+import contextlib
+
 import torch
 
 import datasets
+import distributed
 import graphs
 import models
 import runs
@@ -33,17 +36,20 @@ def parse_args(argv=None):
                        help="weight decay")
     train.add_argument("--milestones", type=int, nargs="*", default=None, metavar="E",
                        help="epochs after which lr drops to a tenth (default: 100 150; CIFAR100 150; ImageNet 30 60)")
-    train.add_argument("--pretrained", action="store_true", help="start from torchvision's weights (ImageNet only)")
+    train.add_argument("--pretrained", nargs="?", const=True, default=None, metavar="FILE",
+                       help="start from this state dict, or without FILE from torchvision's weights (ImageNet only)")
     train.add_argument("--samples-per-epoch", type=utils.count, default=None, metavar="S",
                        help="snapshots per epoch (default: 1, at its end; ImageNet 6): after iterations 1, c + 1, ..., "
                        "(S - 1) c + 1 with c = (iterations - 1) // (S - 1)")
+    train.add_argument("--snapshot-dtype", choices=("float32", "bfloat16"), default="float32",
+                       help="how the parameters in snapshots are stored, those of the initialisation aside")
     args = parser.parse_args(argv)
     if args.lr is None:
         args.lr = {"sgd": 0.1, "adam": 0.001}[args.optimizer]
     for name, value in {**DEFAULTS, **RECIPES.get(args.datasets, {})}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.pretrained and args.datasets != "ImageNet":
+    if args.pretrained is True and args.datasets != "ImageNet":
         parser.error(f"--pretrained: there are no weights for --datasets {args.datasets}, only for ImageNet")
     return utils.check_args(parser, args)
 
@@ -67,7 +73,7 @@ def main(args):
         run.take_directory()
     with run.timer("load"):
         data = datasets.from_args(args, device)
-        model = models.get_model(args.arch, data.classes, args.datasets, args.pretrained).to(device)
+        model = models.from_args(args, data.classes, device)
         if args.evaluate:
             return run.evaluate(model, data)
         w = flat_parameters(model)
@@ -89,9 +95,13 @@ def main(args):
         for group in state["param_groups"]:
             group.update({key: optimizer.defaults[key] for key in ("fused", "capturable") if key in optimizer.defaults})
 
+    parameters = {name for name, _ in model.named_parameters()}
+
     def save_snapshot(epoch, iteration):
         if iteration in due:
             state = runs.cpu_copy(model.state_dict())
+            if args.snapshot_dtype == "bfloat16":
+                state = {name: value.bfloat16() if name in parameters else value for name, value in state.items()}
             if not all(torch.isfinite(value).all() for value in state.values()):  # losses may not have been read yet
                 raise utils.NonFiniteLoss(f"the network is not finite after iteration {iteration}")
             index = epoch * len(due) + due.index(iteration) + 1
@@ -101,12 +111,13 @@ def main(args):
         runs.save_tensors(run.directory / f"{args.start_epoch * len(due)}.pt", model.state_dict())
     capture = graphs.capturer(args.cuda_graphs, model, device, args.datasets)
     step = capture(optimizer.step)
+    network = distributed.data_parallel(model)
     return utils.fit(
-        run, model, w, data, passes=capture(utils.training_passes(model, args.half)),
+        run, model, w, data, passes=capture(utils.training_passes(network, args.half)),
         update=lambda *_: step(key=optimizer.param_groups[0]["lr"]), algorithm=optimizer,
         read_every=args.print_freq if cuda else 1,
         schedule=utils.multistep(args.lr, args.milestones, warm_up=args.arch in ("resnet110", "resnet1202")),
-        after_iteration=save_snapshot,
+        after_iteration=save_snapshot, no_sync=getattr(network, "no_sync", contextlib.nullcontext),
     )
 
 

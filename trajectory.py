@@ -48,7 +48,7 @@ def parse_args(argv=None):
                                 ("--params_end", utils.natural, 51), ("--params_step", utils.count, 1),
                                 ("--device", str, "auto")):
         parser.add_argument(flag, type=kind, default=default, metavar="X", help="as in train_psgd.py")
-    parser.set_defaults(workers=0, deterministic=False, conv_tf32="off", evaluate=False)
+    parser.set_defaults(workers=0, deterministic=False, conv_tf32="off", evaluate=False, timeout=600, sync_bn=False)
     return utils.check_args(parser, parser.parse_args(argv))
 
 

@@ -5,6 +5,7 @@ This module imports none of the others (flag checks aside), so that all of them 
 import argparse
 import contextlib
 import ctypes
+import itertools
 import math
 import os
 import signal
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+
+import distributed
 
 
 class InputError(Exception):
@@ -61,12 +64,15 @@ class StopSignals:
             signal.raise_signal(number)
         self.number, self.since = number, self.since or now
 
-    def watch(self, batches):
-        """The batches, until a signal comes."""
+    def watch(self, batches, every=1):
+        """The batches, until a signal comes; of several processes all stop if one gets it, at every so many batches."""
         batches = iter(batches)
-        while True:
-            if self.number:
-                raise Stopped(self.number)
+        for i in itertools.count():
+            number = self.number
+            if distributed.world() > 1:
+                number = distributed.maximum(number or 0) if i % every == 0 else 0
+            if number:
+                raise Stopped(number)
             try:
                 batch = next(batches)
             except StopIteration:
@@ -75,33 +81,45 @@ class StopSignals:
 
 
 def run_script(parse_args, main):
-    """Entry point of a script: exit status 2 for wrong usage, 1 for an InputError, 128 + n for signal n."""
+    """Entry point of a script: exit status 2 for wrong usage, 1 for an InputError, 128 + n for signal n.
+
+    Of several processes the first to fail says why.
+    """
     args = parse_args()
     name = Path(sys.argv[0]).name
+
+    def fail(line, status=1):
+        if distributed.first_to_fail():
+            print(f"{name}: {line}", file=sys.stderr, flush=True)
+        sys.exit(status)
+
     try:
         main(args)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python flushes into it once more
         sys.exit(f"{name}: error: nobody reads this run's output any more; stopped, --resume auto goes on")
     except Stopped as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(128 + error.number)
+        fail(str(error), 128 + error.number)
     except KeyboardInterrupt:
-        print(f"{name}: stopped by SIGINT at once; --resume auto goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        fail("stopped by SIGINT at once; --resume auto goes on from the last checkpoint", 130)
     except InputError as error:
-        sys.exit(f"{name}: error: {one_line(error)}")
+        fail(f"error: {one_line(error)}")
     except OSError as error:
         if not error.filename:
             raise
-        sys.exit(f"{name}: error: {one_line(error.filename)}: {error.strerror}")
+        fail(f"error: {one_line(error.filename)}: {error.strerror}")
     except RuntimeError as error:
         reason = str(error).split("\n")[0]
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in reason:
-            sys.exit(f"{name}: error: out of memory: try a smaller --batch-size, with --accumulate ({reason})")
+            fail(f"error: out of memory: try a smaller --batch-size, with --accumulate ({reason})")
         if "deterministic" in reason:
-            sys.exit(f"{name}: error: --deterministic does not go with this --arch on this --device: {reason}")
+            fail(f"error: --deterministic does not go with this --arch on this --device: {reason}")
+        if isinstance(error, torch.distributed.DistError) or "gloo" in reason or "NCCL" in reason:
+            fail(f"error: another process of this run has ended, or has not answered for --timeout {args.timeout:g} "
+                 f"seconds; --resume auto goes on from the last checkpoint ({one_line(reason)[:200]})")
         raise
+    finally:
+        distributed.stop()
 
 
 # ------------------------------------------------------------------------------------------------------------ flags
@@ -111,7 +129,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, exit status 2."""
 
     def error(self, message):  # one line, without the usage that would bury it
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n" if distributed.first_to_fail() else None)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -139,6 +157,7 @@ def _at_least(kind, low, text, high=math.inf):
 count = _at_least(int, 1, "a whole number from 1 to 1,000,000", 10**6)
 natural = _at_least(int, 0, "a whole number from 0 to 1,000,000", 10**6)
 nonnegative = _at_least(float, 0, "a number of at least 0")
+positive = _at_least(float, 1e-6, "a number above 0")
 
 
 def seed(value):
@@ -212,6 +231,11 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
     machine.add_argument("--deterministic", action="store_true",
                          help="only deterministic algorithms: bitwise repeatable on one machine, slower on CUDA")
 
+    machine.add_argument("--timeout", type=nonnegative, default=600, metavar="S",
+                         help="seconds that one of several processes waits for the others before it gives up")
+    machine.add_argument("--sync-bn", action="store_true",
+                         help="batch norm over the whole mini-batch, not each process's part of it (GPUs only)")
+
     output = parser.add_argument_group("output")
     output.add_argument("--save-dir", default="save_temp", metavar="DIR",
                         help="directory of the snapshots 0.pt, 1.pt, ...")
@@ -235,6 +259,11 @@ def add_subspace_flags(parser):
     group.add_argument("--basis", choices=("pca", "random", "snapshots"), default="pca",
                        help="principal directions; or, to compare: random ones, or the span of K evenly spaced "
                        "snapshots")
+    group.add_argument("--basis-memory", type=positive, default=2.0, metavar="GIB",
+                       help="a window of snapshots larger than this is not loaded, but read from its files in blocks, "
+                       "twice; per process, P itself (K x parameters x 4 bytes) not counted")
+    group.add_argument("--shard-basis", choices=("auto", "on", "off"), default="auto",
+                       help="each of several processes keeps its part of P's columns only; auto: on with --basis pca")
     group.add_argument("--output-dir", default=None, metavar="DIR", help="where to write (default: the --save-dir)")
 
 
@@ -249,6 +278,10 @@ def check_args(parser, args):
         pick_device(args.device)
     except InputError as error:
         parser.error(str(error))
+    if args.sync_bn and args.device == "cpu":
+        parser.error("--sync-bn: torch has it for GPUs only; leave it out, or see --device")
+    if "shard_basis" in args and args.shard_basis == "on" and args.basis != "pca":
+        parser.error(f"--shard-basis on goes with --basis pca, not {args.basis}")
     if args.smalldatasets == 0:
         parser.error("--smalldatasets 0 leaves no training sample")
     if "n_components" in args and not args.evaluate:
@@ -283,9 +316,10 @@ def pick_device(name):
         raise InputError(f"--device {name}: not one of auto, cpu, cuda, cuda:N")
     if device.type == "cpu":
         return torch.device("cpu")
-    index = device.index or 0
+    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
     if index >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices; try --device auto")
+        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, this process wants "
+                         f"number {index}; try --device auto, or fewer processes")
     return torch.device("cuda", index)
 
 
@@ -299,6 +333,7 @@ def set_up(args):
     torch.backends.cudnn.allow_tf32 = args.conv_tf32 == "on"
     seed_everything(args.randomseed)
     device = pick_device(args.device)
+    distributed.start(device, args.timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not recorded on the default stream
@@ -319,8 +354,10 @@ def keep_freed_memory():
 
 
 def seed_everything(seed, epoch=None):
-    """Make what is drawn from torch's generators (initial weights; dropout) a function of (seed, epoch)."""
-    torch.manual_seed(seed if epoch is None else int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
+    """Make what is drawn from torch's generators a function of the seed (initial weights), or of seed, epoch and, of
+    several, the process (dropout)."""
+    entropy = [seed, epoch, *([distributed.rank()] if distributed.rank() else [])]
+    torch.manual_seed(seed if epoch is None else int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
 # ----------------------------------------------------------------------------------------------- the loop
@@ -344,19 +381,24 @@ def forward(model, x, half=False):
 
 
 def training_passes(model, half=False):
-    """passes(x, y) -> tensor (2,): mean loss and number of hits of a mini-batch, its gradient added to the model's."""
+    """passes(x, y) -> tensor (2,): mean loss and number of hits of a mini-batch, its gradient added to the model's.
 
-    def passes(x, y):
+    With several processes passes(x, y, weight), where the mean over them of weight x loss is the mini-batch's loss.
+    """
+
+    def passes(x, y, weight=None):
         logits = forward(model, x, half)
         loss = F.cross_entropy(logits, y)
+        if weight is not None:
+            loss = weight * loss
         loss.backward()
         return torch.stack([loss.detach(), (logits.argmax(1) == y).sum()])
 
     return passes
 
 
-def train_epoch(model, w, batches, passes, update, *, iterations=None, accumulate=1, read_every=1,
-                after_iteration=None, bar=None):
+def train_epoch(model, w, batches, passes, update, *, iterations=None, sizes=None, accumulate=1, read_every=1,
+                after_iteration=None, bar=None, no_sync=contextlib.nullcontext):
     """One epoch: passes(x, y), see `training_passes`, and update(loss, x, y) after every `accumulate` mini-batches.
 
     w is the model's `flat_parameters`; at an update w.grad holds the mean gradient over the accumulated mini-batches,
@@ -368,18 +410,21 @@ def train_epoch(model, w, batches, passes, update, *, iterations=None, accumulat
     such a loss: before the update that would use it if read_every is 1.
     """
     model.train()
-    iterations = iterations or len(batches)
+    iterations = iterations or len(sizes or batches)
     record = torch.zeros(iterations, 2, dtype=torch.float64, device=w.device)
     loss = None
     loss_sum = correct = seen = read = pending = 0
     samples = []
     w.grad.zero_()
     for i, (x, y) in enumerate(batches, 1):
-        record[i - 1] = passes(x, y)
-        samples.append(len(y))
+        samples.append(sizes[i - 1] if sizes else len(y))
+        weight = () if distributed.world() == 1 else (len(y) * distributed.world() / samples[-1],)
         pending += 1
+        with contextlib.nullcontext() if pending == accumulate or i == iterations else no_sync():
+            record[i - 1] = passes(x, y, *weight)
         if i % read_every == 0 or i == iterations:
-            for value, hits in record[read:i].tolist():
+            for value, hits in distributed.total(record[read:i]).tolist():
+                value /= distributed.world()
                 if not math.isfinite(value):
                     raise NonFiniteLoss(f"the training loss is {value} at iteration {read + 1}")
                 loss_sum, correct, seen = loss_sum + value * samples[read], correct + hits, seen + samples[read]
@@ -390,7 +435,7 @@ def train_epoch(model, w, batches, passes, update, *, iterations=None, accumulat
         if pending == accumulate or i == iterations:
             if pending > 1:
                 w.grad.div_(pending)
-            update(loss, x, y)
+            update(loss, x, y, *weight)
             w.grad.zero_()
             pending = 0
         if after_iteration:
@@ -401,24 +446,32 @@ def train_epoch(model, w, batches, passes, update, *, iterations=None, accumulat
 
 
 @torch.inference_mode()
-def evaluate(model, batches, half=False):
-    """Mean loss and accuracy (%) of the model in eval mode over `batches`, read from the device once."""
+def evaluate(model, batches, half=False, top5=False):
+    """Mean loss and accuracy (%) of the model in eval mode over `batches`, of all processes, read from the device once.
+
+    With `top5` also the share (%) of samples whose class is among the five largest logits, as "top5".
+    """
     model.eval()
-    loss_sum = correct = seen = 0
+    totals = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)  # loss, hits, in five, samples
     for x, y in batches:
         logits = forward(model, x, half)
-        loss_sum = loss_sum + F.cross_entropy(logits, y, reduction="sum").double()
-        correct = correct + (logits.argmax(1) == y).sum()
-        seen += len(y)
-    return {"loss": float(loss_sum) / seen, "accuracy": 100 * int(correct) / seen}
+        totals[0] += F.cross_entropy(logits, y, reduction="sum")
+        totals[1] += (logits.argmax(1) == y).sum()
+        if top5:
+            totals[2] += (logits.topk(min(5, logits.shape[1])).indices == y[:, None]).sum()
+        totals[3] += len(y)
+    loss, hits, in_five, seen = distributed.total(totals).tolist()
+    result = {"loss": loss / seen, "accuracy": 100 * hits / seen}
+    return {**result, "top5": 100 * in_five / seen} if top5 else result
 
 
 def fit(run, model, w, data, passes, update, *, schedule, algorithm, statistics=None, after_iteration=None,
-        read_every=1):
+        read_every=1, no_sync=contextlib.nullcontext):
     """Train for the epochs of run.args, evaluating, logging and checkpointing after each; returns the summary.
 
-    passes(x, y), update(loss, x, y), read_every: see `train_epoch`. `algorithm` has state_dict and load_state_dict, for
-    --resume, and may have param_groups as torch's optimisers do: they get the lr that schedule(epoch) says.
+    passes(x, y), update(loss, x, y), read_every, no_sync: see `train_epoch`. `algorithm` has state_dict and
+    load_state_dict, for --resume, and may have param_groups as torch's optimisers do: they get the lr that
+    schedule(epoch) says.
     statistics() gives what the method adds to an epoch's log. after_iteration(epoch, i) follows each mini-batch.
     """
     args = run.args
@@ -432,14 +485,18 @@ def fit(run, model, w, data, passes, update, *, schedule, algorithm, statistics=
                 group["lr"] = lr
             hook = after_iteration and (lambda i, epoch=epoch: after_iteration(epoch, i))
             bar = tqdm(total=len(data.train), desc=f"epoch {epoch + 1}/{args.epochs}", unit="it", leave=False,
-                       disable=None, miniters=args.print_freq, mininterval=0, file=sys.stderr)
+                       disable=True if distributed.rank() else None, miniters=args.print_freq, mininterval=0,
+                       file=sys.stderr)
             try:
                 with run.timer("train") as train_time, bar:
-                    train = train_epoch(model, w, signals.watch(data.train.epoch(epoch)), passes, update,
-                                        iterations=len(data.train), accumulate=args.accumulate,
-                                        read_every=read_every, after_iteration=hook, bar=bar)
+                    train = train_epoch(model, w, signals.watch(data.train.epoch(epoch), read_every), passes, update,
+                                        sizes=data.train.sizes, accumulate=args.accumulate, read_every=read_every,
+                                        after_iteration=hook, bar=bar, no_sync=no_sync)
+                distributed.share_statistics(model)
                 with run.timer("eval"):
-                    test = evaluate(model, signals.watch(data.test.epoch(0)), args.half)
+                    test_batches = data.test.epoch(0)  # of several processes some may have fewer, none waits in it
+                    test = evaluate(model, test_batches if distributed.world() > 1 else signals.watch(test_batches),
+                                    args.half, top5=args.datasets == "ImageNet")
                 if not math.isfinite(test["loss"]):  # where the last step of the epoch was the fatal one
                     raise NonFiniteLoss(f"the test loss is {test['loss']} after the last iteration")
             except Stopped as stop:

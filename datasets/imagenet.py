@@ -9,7 +9,7 @@ import torch
 import torchvision.datasets as tv_datasets
 from torchvision.transforms import v2
 
-from datasets import IMAGENET_MEAN, IMAGENET_STD, Data, kept_samples, noisy_labels
+from datasets import IMAGENET_MEAN, IMAGENET_STD, Data, batch_sizes, kept_samples, noisy_labels, shares
 from utils import InputError
 
 
@@ -56,19 +56,24 @@ class Folder(tv_datasets.ImageFolder):
 
 
 class Order(torch.utils.data.Sampler):
-    """Pairs (index, draw) of one epoch, a function of (seed, epoch); in file order without `shuffle`."""
+    """Mini-batches of pairs (index, draw), or of several processes this one's part of each mini-batch.
 
-    def __init__(self, n, seed, shuffle):
+    The epoch's order is a function of (seed, epoch), whatever the processes; without `shuffle` it is the files'.
+    """
+
+    def __init__(self, n, batch_size, seed, shuffle):
         self.n, self.seed, self.shuffle, self.current = n, seed, shuffle, 0
+        self.parts = shares(n, batch_size, training=shuffle)
 
     def __len__(self):
-        return self.n
+        return len(self.parts)
 
     def __iter__(self):
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.current)
         order = torch.randperm(self.n, generator=rng) if self.shuffle else torch.arange(self.n)
         draws = torch.randint(2**62, (self.n,), generator=rng)
-        return zip(order.tolist(), draws.tolist(), strict=True)
+        for first, last in self.parts:
+            yield list(zip(order[first:last].tolist(), draws[first:last].tolist(), strict=True))
 
 
 def ignore_signals(worker):
@@ -82,15 +87,16 @@ class FolderBatches:
 
     def __init__(self, folder, batch_size, device, workers, *, seed=0, shuffle=False):
         self.samples, self.device = len(folder.samples), device
-        self.order = Order(self.samples, seed, shuffle)
+        self.sizes = batch_sizes(self.samples, batch_size)
+        self.order = Order(self.samples, batch_size, seed, shuffle)
         self.loader = torch.utils.data.DataLoader(
-            folder, batch_size, sampler=self.order, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
+            folder, batch_sampler=self.order, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
             persistent_workers=workers > 0, worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # for seeds nobody uses: from the global one, dropout would feel the draws
         )
 
     def __len__(self):
-        return len(self.loader)
+        return len(self.sizes)
 
     def epoch(self, epoch):
         self.order.current = epoch

@@ -5,6 +5,9 @@ A new family is a file with a dict MODELS (name -> constructor taking num_classe
 import difflib
 import pickle
 
+from torch import nn
+
+import distributed
 from models import (
     attention,
     densenet,
@@ -28,6 +31,7 @@ from models import (
     wideresnet,
     xception,
 )
+from runs import load_file, load_model, without_prefixes
 from utils import InputError
 
 FAMILIES = (
@@ -61,12 +65,24 @@ def check_name(arch, dataset="CIFAR10"):
         raise InputError(f"--arch: no network {arch!r} for {dataset}{hint}")
 
 
-def get_model(arch, num_classes, dataset="CIFAR10", pretrained=False):
+def from_args(args, classes, device):
+    """`get_model` with what the scripts' flags say, on `device`."""
+    model = get_model(args.arch, classes, args.datasets, getattr(args, "pretrained", None))
+    if args.sync_bn and distributed.world() > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model.to(device)
+
+
+def get_model(arch, num_classes, dataset="CIFAR10", pretrained=None):
     """A new network (on the CPU, drawn from torch's global generator): images -> (N, num_classes) logits.
 
-    `pretrained` starts from torchvision's default weights (ImageNet's 1000 classes only).
-    Raises InputError for an unknown name, or for weights that do not exist or cannot be had.
+    `pretrained` is the path of a state dict to start from, or True for torchvision's default weights (ImageNet's 1000
+    classes only). Raises InputError for an unknown name, or for weights that do not exist, fit or cannot be had.
     """
+    if pretrained and pretrained is not True:
+        model, state = get_model(arch, num_classes, dataset), load_file(pretrained, "state dict (--pretrained)")
+        load_model(model, without_prefixes(state.get("model", state)), f"--pretrained {pretrained}")
+        return model
     check_name(arch, dataset)
     if dataset != "ImageNet":
         if pretrained:
