@@ -98,7 +98,7 @@ def test_1_2_and_4_processes_train_the_same_network(arch, lr, tmp_path):
 
 
 def test_every_process_has_the_same_parameters_and_bits(sampled, tmp_path):
-    """With batch norm, whose statistics differ: after P-BFGS and P-SGD, sharded and not, all hold one w, bit for bit."""
+    """Batch norm's statistics differ, and yet after P-BFGS and P-SGD, sharded or not, all hold one w, bit for bit."""
 
     def run():
         for method, shard in (("psgd", "on"), ("psgd", "off"), ("pbfgs", "on"), ("pbfgs", "off")):
