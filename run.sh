@@ -2,6 +2,8 @@
 # ./run.sh          the paper's CIFAR demo: SGD, then P-BFGS and P-SGD in the subspace of its trajectory, for each model
 #                   DATASETS="CIFAR10" (or CIFAR100), MODELS="resnet20 ...", CORRUPT=0 (label noise), SAVE_ROOT=.
 # ./run.sh cifar100 the same on CIFAR-100 for eleven networks of the zoo, into one table; MODELS, CORRUPT, SAVE_ROOT
+# ./run.sh imagenet the paper's ImageNet run: ResNet-18, 90 epochs of SGD, 4 of P-BFGS in 120 dimensions; DLDR_DATA=DIR
+# ./run.sh finetune pretrained ResNet-18: 5, 10, 15 epochs of SGD, 1 of P-BFGS in the subspace of each; PRETRAINED=FILE
 # ./run.sh quick    the same pipeline on scikit-learn's digits with a ResNet-8: minutes on two CPU cores, no download;
 #                   SEED=1
 # ./run.sh table-cifar10, table-cifar100, table-noise, table-dims, table-basis, table-sampling
@@ -9,6 +11,8 @@
 # ./run.sh trajectory   how far SGD strays from the subspace, the paths over the loss surface; likewise
 # ./run.sh test     the test suite; further arguments go to pytest
 # ./run.sh lint     ruff
+# NPROC=N (or NPROC=gpu, all visible GPUs) trains with that many processes on this machine, through torchrun; FLAGS are
+# added to each training command of imagenet and finetune, "--half --workers 8" say.
 # Each uses the active python where it has the packages, else a .venv made from requirements.txt here.
 # A demo or quick start that was interrupted goes on where it stopped when it is called again; FORCE=1 starts over.
 # Relative paths in the environment variables are relative to this directory.
@@ -37,6 +41,7 @@ environment() {
 # script is not in) is passed on to the script once, and waited for; tee outlives it for the script's last line
 stage() {
     [[ $1 != train_* || ${FORCE:-0} == 1 ]] || set -- "$@" --resume auto
+    [[ $1 != train_* || -z ${NPROC:-} ]] || set -- -m torch.distributed.run --standalone "--nproc_per_node=$NPROC" "$@"
     echo "+ python $*" | tee -a "$log"
     local out tee child status=0
     exec {out}> >(trap '' INT TERM HUP; exec tee -a "$log")
@@ -83,6 +88,36 @@ zoo() {
     demo
     log=${SAVE_ROOT:-.}/log_cifar100
     stage report.py "${runs[@]}" --table "${SAVE_ROOT:-.}/cifar100.md"
+}
+
+imagenet() {
+    local root=${SAVE_ROOT:-.} name=${MODELS:-resnet18}
+    log=$root/log_ImageNet_$name
+    mkdir -p "$root"
+    # shellcheck disable=SC2206
+    local common=(--datasets ImageNet --arch "$name" ${FLAGS:-} --save-dir "$root/save_ImageNet_$name")
+    stage train_sgd.py "${common[@]}" --epochs 90 --batch-size 256 --lr 0.1 --samples-per-epoch 6
+    # the first 40 epochs' snapshots, every second one: 121
+    stage train_pbfgs.py "${common[@]}" --epochs 4 --batch-size 256 --params_start 0 --params_end 241 --params_step 2 \
+        --n_components 120
+    stage report.py "$root/save_ImageNet_$name" --figures "$root/save_ImageNet_$name"
+}
+
+finetune() {
+    local root=${SAVE_ROOT:-.} name=${MODELS:-resnet18} epochs k
+    log=$root/log_finetune_$name
+    mkdir -p "$root"
+    # shellcheck disable=SC2206
+    local common=(--datasets ImageNet --arch "$name" ${FLAGS:-} --save-dir "$root/save_finetune_$name")
+    # the learning rate never drops, so the first 5 and 10 of 15 epochs are the shorter runs
+    stage train_sgd.py "${common[@]}" --pretrained ${PRETRAINED:+"$PRETRAINED"} --lr 0.005 --epochs 15 \
+        --batch-size 256 --samples-per-epoch 6
+    for epochs in 5 10 15; do
+        k=$((6 * epochs - 1 < 30 ? 6 * epochs - 1 : 30)) # 30 snapshots have 29 components
+        stage train_pbfgs.py "${common[@]}" --output-dir "$root/save_finetune_$name/pbfgs_$epochs" --epochs 1 \
+            --batch-size 256 --params_start 1 --params_end $((6 * epochs + 1)) --n_components "$k"
+    done
+    stage report.py "$root/save_finetune_$name"
 }
 
 quick() {
@@ -233,6 +268,7 @@ runtime="torch, torchvision, numpy, sklearn, matplotlib, tqdm"
 case ${1:-demo} in
     demo) environment requirements.txt "$runtime"; demo ;;
     cifar100) environment requirements.txt "$runtime"; zoo ;;
+    imagenet | finetune) environment requirements.txt "$runtime"; "$1" ;;
     trajectory) environment requirements.txt "$runtime"; scale; trajectory ;;
     table-*) environment requirements.txt "$runtime"; scale
         case $1 in

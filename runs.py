@@ -407,9 +407,13 @@ def print_summary(summary):
 
 
 def command_line():
-    """The command as typed; of an absolute path to the script only its name."""
+    """The command as typed, torchrun's part as far as it matters; of an absolute path to the script only its name."""
     script = Path(sys.argv[0])
-    return shlex.join(["python", script.name if script.is_absolute() else str(script), *sys.argv[1:]])
+    here = os.environ.get("LOCAL_WORLD_SIZE", distributed.world())
+    launcher = ["torchrun", f"--nproc_per_node={here}"] if distributed.world() > 1 else ["python"]
+    if distributed.world() > int(here):
+        launcher.append(f"--nnodes={distributed.world() // int(here)}")
+    return shlex.join([*launcher, script.name if script.is_absolute() else str(script), *sys.argv[1:]])
 
 
 def versions():

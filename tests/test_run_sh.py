@@ -11,6 +11,7 @@ import train_pbfgs
 import train_psgd
 import train_sgd
 import trajectory
+import utils
 
 
 @pytest.fixture
@@ -31,7 +32,8 @@ def shell(tmp_path):
 
     def run(*argv, fail="none", **environment):
         calls.unlink(missing_ok=True)
-        env = {k: v for k, v in os.environ.items() if k not in ("DATASETS", "MODELS", "CORRUPT", "SEED", "FORCE")}
+        others = ("DATASETS", "MODELS", "CORRUPT", "SEED", "FORCE", "NPROC", "FLAGS", "PRETRAINED")
+        env = {k: v for k, v in os.environ.items() if k not in others}
         env = {**env, "PYTHON": str(stub), "SAVE_ROOT": str(tmp_path / "runs"), "FAIL": fail, **environment}
         done = subprocess.run([ROOT / "run.sh", *argv], env=env, capture_output=True, text=True)
         return done.returncode, [line.split() for line in calls.read_text().splitlines()] if calls.exists() else []
@@ -63,6 +65,36 @@ def test_demo_loops_over_models_and_knows_cifar100(shell):
     archs = [train_sgd.parse_args(call[1:]) for call in calls[::4]]
     assert [(a.arch, a.epochs, a.milestones) for a in archs] == [("resnet20", 200, [150]), ("resnet32", 200, [150])]
     assert train_psgd.parse_args(calls[2][1:]).params_end == 101
+
+
+def test_imagenet_is_the_published_recipe(shell):
+    status, (sgd, pbfgs, _) = shell("imagenet", FLAGS="--half --workers 8")
+    assert status == 0
+    args = train_sgd.parse_args(sgd[1:])
+    assert (args.datasets, args.arch, args.epochs, args.batch_size, args.lr) == ("ImageNet", "resnet18", 90, 256, 0.1)
+    assert (args.milestones, args.samples_per_epoch, args.half, args.workers) == ([30, 60], 6, True, 8)
+    args = train_pbfgs.parse_args(pbfgs[1:])
+    assert (args.epochs, args.batch_size, args.n_components, args.half) == (4, 256, 120, True)
+    assert len(utils.window_indices(args)) == 121 and args.save_dir == train_sgd.parse_args(sgd[1:]).save_dir
+
+
+@pytest.mark.parametrize("weights", [None, "weights.pt"])
+def test_finetune_has_windows_for_its_components(shell, weights):
+    status, calls = shell("finetune", **({"PRETRAINED": weights} if weights else {}))
+    assert status == 0
+    args = train_sgd.parse_args(calls[0][1:])
+    assert (args.lr, args.epochs, args.samples_per_epoch, args.pretrained) == (0.005, 15, 6, weights or True)
+    windows = [train_pbfgs.parse_args(call[1:]) for call in calls[1:4]]  # which refuses k > n - 1
+    assert [(a.params_start, a.params_end, a.n_components) for a in windows] == [(1, 31, 29), (1, 61, 30), (1, 91, 30)]
+    assert all(a.epochs == 1 and a.batch_size == 256 for a in windows)
+
+
+def test_nproc_trains_through_torchrun(shell):
+    status, calls = shell("quick", NPROC="gpu")
+    assert status == 0
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=gpu"]
+    assert [call[:4] == launch for call in calls] == [True, True, True, False]
+    assert [call[4] for call in calls[:3]] == ["train_sgd.py", "train_pbfgs.py", "train_psgd.py"]
 
 
 def test_cifar100_is_the_published_list_into_one_table(shell, tmp_path):
