@@ -54,6 +54,8 @@ def write_atomically(path, data):
 
 def save_tensors(path, value):
     """torch.save of nested dicts of tensors, atomically; raises InputError with path and size if that fails."""
+    if distributed.rank():  # of several processes number 0 writes
+        return path
     value = cpu_copy(value)  # and no views: a file holds what its tensors show, not the buffer they may be part of
     buffer = io.BytesIO()  # torch.save reports a full disk as a RuntimeError of its own wording; a file says OSError
     torch.save(value, buffer)

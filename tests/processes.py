@@ -2,7 +2,6 @@
 import contextlib
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 
@@ -14,15 +13,10 @@ import utils
 fork = multiprocessing.get_context("fork")
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def as_rank(rank, n, port, output, function, args):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+                      MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", TORCHELASTIC_USE_AGENT_STORE="True",
+                      TORCHELASTIC_RESTART_COUNT="0")
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # in place of pytest's
@@ -48,7 +42,9 @@ class Processes:
 
     def __init__(self, n, directory, function, *args):
         self.output = directory / f"processes{n}"
-        port = free_port()
+        # as torchrun does, which outlives the processes
+        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = self.store.port
         self.members = [fork.Process(target=as_rank, args=(rank, n, port, self.output, function, args))
                         for rank in range(n)]
         for member in self.members:

@@ -262,6 +262,25 @@ def test_bad_input_is_one_line_of_one_process(more, tmp_path):
     assert "\n" not in lines and more[-2 if more[0] != "--data" else 0] in lines
 
 
+def test_what_only_the_first_process_sees_is_one_line_too(sampled, tmp_path):
+    """A directory with another run's results, which process 0 looks into; nothing in it changes."""
+    mains([(train_sgd, digits_args(tmp_path / "run", "--epochs", "1", "--lr", "0.05"))])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    running = Processes(2, tmp_path, command, train_sgd, digits_args(tmp_path / "run", "--epochs", "1", "--lr", "0.1"))
+    assert running.wait(60) == [1, 1]
+    lines = (running.err(0) + running.err(1)).strip()
+    assert "\n" not in lines and "lr 0.05 -> 0.1" in lines
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_network_that_skips_blocks_trains_in_two(tmp_path):
+    """Stochastic depth: each process draws its own blocks, some parameters then have a gradient in one of them only."""
+    argv = [*digits_args(tmp_path / "run", "--epochs", "1"), "--arch", "stochasticdepth18", "--smalldatasets", "0.02",
+            "--batch-size", "8", "--lr", "0.01"]
+    running = Processes(2, tmp_path, mains, [(train_sgd, argv)])
+    assert running.wait() == [0, 0], running.err(0)
+
+
 def test_snapshots_in_bfloat16(tmp_path, capsys):
     """Half the size but for the initialisation, batch-norm statistics as they are, and their span is near."""
     for dtype in ("float32", "bfloat16"):
