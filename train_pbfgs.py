@@ -8,8 +8,6 @@ Writes pbfgs_args.json, pbfgs_log.jsonl, pbfgs_checkpoint.pt, pbfgs_final.pt and
 Example:
   python train_pbfgs.py --datasets CIFAR10 --arch resnet20 --params_end 81 --n_components 40 --save-dir save_resnet20
 """
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -46,10 +44,9 @@ def main(args):
         model = models.from_args(args, data.classes, device)
         if args.evaluate:
             return run.evaluate(model, data)
-        sharded = args.basis == "pca" and args.shard_basis != "off"
-        window = load_window(paths, model, device, sharded=sharded,
-                             memory=2**30 * args.basis_memory if args.basis == "pca" else math.inf)
         w = flat_parameters(model)
+        memory, sharded = utils.basis_storage(args, w.numel())
+        window = load_window(paths, model, device, memory=memory, sharded=sharded)
     with run.timer("basis"):
         P, explained = make_basis(window, args.n_components, args.basis, args.randomseed, sharded)
     run.begin(data, w, snapshots=len(paths), explained=explained)
@@ -62,7 +59,6 @@ def main(args):
     trial_loss = capture(lambda x, y: F.cross_entropy(model(x), y))
 
     def update(loss, x, y, weight=None):
-
         def at_w():  # of several processes, the loss of all their parts
             return trial_loss(x, y) if weight is None else distributed.mean(weight * trial_loss(x, y).double())
 

@@ -7,8 +7,6 @@ Writes psgd_args.json, psgd_log.jsonl, psgd_checkpoint.pt, psgd_final.pt and psg
 Example:
   python train_psgd.py --datasets CIFAR10 --arch resnet20 --params_end 81 --n_components 40 --save-dir save_resnet20
 """
-import math
-
 import datasets
 import graphs
 import models
@@ -40,10 +38,9 @@ def main(args):
         model = models.from_args(args, data.classes, device)
         if args.evaluate:
             return run.evaluate(model, data)
-        sharded = args.basis == "pca" and args.shard_basis != "off"
-        window = load_window(paths, model, device, sharded=sharded,
-                             memory=2**30 * args.basis_memory if args.basis == "pca" else math.inf)
         w = flat_parameters(model)
+        memory, sharded = utils.basis_storage(args, w.numel())
+        window = load_window(paths, model, device, memory=memory, sharded=sharded)
     with run.timer("basis"):
         P, explained = make_basis(window, args.n_components, args.basis, args.randomseed, sharded)
     run.begin(data, w, snapshots=len(paths), explained=explained)

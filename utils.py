@@ -263,7 +263,7 @@ def add_subspace_flags(parser):
                        help="a window of snapshots larger than this is not loaded, but read from its files in blocks, "
                        "twice; per process, P itself (K x parameters x 4 bytes) not counted")
     group.add_argument("--shard-basis", choices=("auto", "on", "off"), default="auto",
-                       help="each of several processes keeps its part of P's columns only; auto: on with --basis pca")
+                       help="each of several processes keeps its part of P's columns only; auto: from a P of 1 GiB on")
     group.add_argument("--output-dir", default=None, metavar="DIR", help="where to write (default: the --save-dir)")
 
 
@@ -299,6 +299,17 @@ def check_args(parser, args):
 def window_indices(args):
     """The snapshots that --params_start, --params_end (exclusive) and --params_step name."""
     return range(args.params_start, args.params_end, args.params_step)
+
+
+def basis_storage(args, D):
+    """Bytes that a window may take before it is left in its files, and whether the processes share out P's columns.
+
+    --shard-basis auto: from a P of 1 GiB on; below that the one reduction of k numbers that a whole P needs is what
+    counts, and sharding has two collectives of D numbers more.
+    """
+    pca = args.basis == "pca"  # the others are for comparison, and made in memory
+    sharded = args.shard_basis == "on" or args.shard_basis == "auto" and 4 * args.n_components * D >= 2**30
+    return 2**30 * args.basis_memory if pca else math.inf, pca and sharded and distributed.world() > 1
 
 
 # ----------------------------------------------------------------------------------------------- device and randomness
