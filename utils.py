@@ -157,6 +157,7 @@ def _at_least(kind, low, text, high=math.inf):
 count = _at_least(int, 1, "a whole number from 1 to 1,000,000", 10**6)
 natural = _at_least(int, 0, "a whole number from 0 to 1,000,000", 10**6)
 nonnegative = _at_least(float, 0, "a number of at least 0")
+waiting = _at_least(float, 1, "a number from 1 to 1,000,000", 10**6)
 positive = _at_least(float, 1e-6, "a number above 0")
 
 
@@ -231,7 +232,7 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
     machine.add_argument("--deterministic", action="store_true",
                          help="only deterministic algorithms: bitwise repeatable on one machine, slower on CUDA")
 
-    machine.add_argument("--timeout", type=nonnegative, default=600, metavar="S",
+    machine.add_argument("--timeout", type=waiting, default=600, metavar="S",
                          help="seconds that one of several processes waits for the others before it gives up")
     machine.add_argument("--sync-bn", action="store_true",
                          help="batch norm over the whole mini-batch, not each process's part of it (GPUs only)")

@@ -49,13 +49,16 @@ FLAGS = {  # a flag -> the values that might follow it; None is none
     "--corrupt": ["0", "0.5", "1"], "--workers": ["0"], "--device": ["cpu", "auto", "cuda:7", "mps"],
     "--resume": ["auto", "nowhere.pt", "SAMPLED/0.pt", "SAMPLED/sgd_checkpoint.pt"], "--save-every": ["1", "3"],
     "--print-freq": ["1"], "--evaluate": [None], "--half": [None], "--deterministic": [None],
+    "--timeout": ["5"], "--sync-bn": [None],
     "--save-dir": ["SAMPLED", "NEW", "FILE", "FILE/below"], "--data": ["NEW", "FILE", "BAD"],
 }
 SUBSPACE = {"--n_components": ["1", "3", "5", "6"], "--params_start": ["0", "1", "4"], "--params_end": ["6", "5", "7"],
-            "--params_step": ["1", "2"], "--output-dir": ["NEW", "FILE", "SAMPLED"]}
+            "--params_step": ["1", "2"], "--output-dir": ["NEW", "FILE", "SAMPLED"],
+            "--basis-memory": ["1e-5", "1"], "--shard-basis": ["auto", "on"]}
 OF_SCRIPT = {
     train_sgd: {"--optimizer": ["sgd", "adam", "lion"], "--momentum": ["0.9"], "--wd": ["1e-4"],
-                "--milestones": ["1", "0"], "--pretrained": [None], "--samples-per-epoch": ["1", "2", "50"]},
+                "--milestones": ["1", "0"], "--pretrained": [None, "SAMPLED/0.pt", "nowhere.pt"],
+                "--snapshot-dtype": ["bfloat16"], "--samples-per-epoch": ["1", "2", "50"]},
     train_psgd: {**SUBSPACE, "--momentum": ["0.5"], "--milestones": ["1"]},
     train_pbfgs: {**SUBSPACE, "--alpha": ["0.01", "1e38"], "--gamma": ["0.5"]},
     report: {"--table": ["NEW/t.md", "FILE/t.md", "t"], "--figures": ["NEW", "FILE", "."],

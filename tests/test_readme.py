@@ -15,7 +15,8 @@ import train_sgd
 import trajectory
 
 README = (ROOT / "README.md").read_text()
-TORCHRUN = {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"}  # its own
+LAUNCHERS = {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id",  # torchrun's and
+             "--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal", "--requeue"}  # Slurm's own
 FLAG = r"(?<![\w-])--[a-z][\w-]*"
 
 
@@ -25,7 +26,7 @@ def test_every_flag_is_documented_and_exists(capsys):
         with pytest.raises(SystemExit):
             script.parse_args(["--help"])
         flags |= set(re.findall(FLAG, capsys.readouterr().out))
-    named = set(re.findall(FLAG, README)) - TORCHRUN
+    named = set(re.findall(FLAG, README)) - LAUNCHERS
     assert len(flags) > 30 and not flags - named - {"--help"} and not named - flags
 
 
