@@ -1,13 +1,14 @@
 """What the method costs past one machine, on paper, and whether the formulae behind it hold where they can be measured.
 
-Measured, at each of --points in processes of their own: snapshots that stay in their files are checked by `load_window`
-and read twice by `pca_basis`; seconds and peak memory of both. Snapshots are a random walk written to --scratch (deleted
-afterwards). Files are dropped from the page cache before either, so the check and the first pass read from the disk, or
-from whatever a virtual machine's host keeps of it. Where it fits, the same window is taken in memory too, and the
-largest principal angle between the two spans is computed; a point of several processes (gloo) is compared with the
-same point of one.
+Measured, at each of --points in processes of their own: snapshots that stay in their files are checked by
+`load_window` and read twice by `pca_basis`; seconds and peak memory of both. Snapshots are a random walk written to
+--scratch (deleted afterwards). Files are dropped from the page cache before either, so the check and the first pass
+read from the disk, or from whatever a virtual machine's host keeps of it. Where it fits, the same window is taken in
+memory too, and the largest principal angle between the two spans is computed; the points of several processes (gloo)
+are compared with the same point of one.
 
-Predicted beside them, from rates measured in the same process, with b bytes a number in the files, d = D / processes:
+Predicted beside them, from rates measured in the same process before and after (the mean time counts), with b bytes a
+number in the files, d = D / processes:
 
   check, s      files here (n b D: read from the disk, again from the page cache, checksummed; D compared with inf)
   pass 1, s     n b d / rate of mapped files + opening n files per block + 2 n^2 d / float64 rate + n d / to float64
@@ -52,8 +53,8 @@ PIECE = 2**24  # parameters per tensor of the synthetic network, at most
 CHUNK = 2**23  # bytes of a float64 chunk of `differences` on a CPU
 # D,n,k,dtype,processes,--basis-memory in GiB; those with the same snapshots follow each other
 POINTS = ["1000000,81,40,float32,1,0.25", "25000000,81,40,float32,1,2", "11689512,121,40,float32,1,2",
-          "11689512,121,40,float32,1,1", "11689512,121,120,float32,1,2", "11689512,121,120,float32,4,2",
-          "1000000000,8,1,bfloat16,1,2"]
+          "11689512,121,40,float32,1,1", "11689512,121,120,float32,1,2", "11689512,121,120,float32,4,1",
+          "1000000000,6,1,bfloat16,1,2"]
 ASSUMED = {"gpu_bytes": 80e9, "hbm": 3.35e12, "float64": 67e12, "nvlink": 450e9, "infiniband": 50e9, "gpus_per_node": 8,
            "node_read": 10e9, "filesystem_read": 100e9, "bfloat16": 989e12, "efficiency": 0.4, "tokens": 8192}
 
@@ -77,12 +78,13 @@ def parse_args(argv=None):
                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", nargs="*", type=point, default=[point(text) for text in POINTS],
                         metavar="D,n,k,DTYPE,PROCESSES,GIB", help=f"what to measure (default: {' '.join(POINTS)})")
-    parser.add_argument("--dims", nargs="*", type=utils.count, default=[10**9, 10**10], metavar="D", help="on paper")
+    parser.add_argument("--dims", nargs="*", type=int, default=[10**9, 10**10], metavar="D", help="on paper")
     parser.add_argument("--gpus", nargs="*", type=utils.count, default=[8, 64, 256, 1024], metavar="N", help="on paper")
     parser.add_argument("--scratch", default=tempfile.gettempdir(), metavar="DIR", help="where snapshots are written")
+    parser.add_argument("--threads", type=utils.count, default=1, metavar="T", help="of each process (default: 1)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", metavar="FILE", help="write everything measured here")
-    output.add_argument("--from", dest="source", metavar="FILE", help="measure nothing, make the tables from such a file")
+    output.add_argument("--from", dest="source", metavar="FILE", help="measure nothing, make tables from such a file")
     parser.add_argument("--table", metavar="FILE", help="also write the Markdown tables to this file")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)  # what one process of a point does
     return parser.parse_args(argv)
@@ -121,45 +123,49 @@ def forget(paths):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-# ------------------------------------------------------------------------------------------------ one process of a point
+# ----------------------------------------------------------------------------------------- one process of a point
 
 
-def rates(path, D, n, k, dtype):
-    """Per second: what this process does of each kind of work behind the predictions (best of three if not cold)."""
-    def best(function, *args):
-        return min(timed(CPU, function, *args)[0] for _ in range(3))
+def rates(paths, D, n, k, dtype):
+    """Per second: what this process does of each kind of work behind the predictions (medians of five if not cold)."""
+    def median(function, *args):
+        return statistics.median(timed(CPU, function, *args)[0] for _ in range(5))
+
+    path = paths[0]
+    size, dtype, count = path.stat().st_size, getattr(torch, dtype), min(D, PIECE)
+    sample, row = paths[: max(1, 2**28 // size)], torch.zeros(count)
 
     def read():
         buffer = bytearray(2**22)
-        with open(path, "rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-
-    size, dtype, count = path.stat().st_size, getattr(torch, dtype), min(D, PIECE)
-    row = torch.zeros(count)
+        for path in sample:
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
 
     def read_mapped():
-        row.copy_(torch.cat([torch.from_file(str(path), shared=False, size=count, dtype=dtype).float()]))
+        for path in sample:
+            row.copy_(torch.cat([torch.from_file(str(path), shared=False, size=count, dtype=dtype).float()]))
 
     found = {}
-    for kind, function, amount in (("read", read, size), ("mapped", read_mapped, count * dtype.itemsize)):
-        forget([path])
+    for kind, function, amount in (("read", read, size * len(sample)),
+                                   ("mapped", read_mapped, count * dtype.itemsize * len(sample))):
+        forget(sample)
         found[f"{kind}_cold"] = amount / timed(CPU, function)[0]
-        found[f"{kind}_warm"] = amount / best(function)
+        found[f"{kind}_warm"] = amount / median(function)
     values, data = row.to(dtype), bytes(2**25)
-    found["checksum"] = len(data) / best(zlib.crc32, data)
-    found["finite"] = count / best(lambda: torch.isfinite(values.float()).all())
-    found["open"] = 1 / best(lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    found["checksum"] = len(data) / median(zlib.crc32, data)
+    found["finite"] = count / median(lambda: torch.isfinite(values.float()).all())
+    found["open"] = 1 / median(lambda: torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     width = CHUNK // (8 * n)
     X, C, block = torch.randn(n, width).double(), torch.randn(k, n).double(), torch.randn(n, 8 * width)
-    found["gram"] = 2 * n * n * width / best(lambda: X @ X.T)
-    found["lift"] = 2 * n * k * width / best(lambda: C @ X)
+    found["gram"] = 2 * n * n * width / median(lambda: X @ X.T)
+    found["lift"] = 2 * n * k * width / median(lambda: C @ X)
 
     def to_float64():
         for part in block.split(width, dim=1):
             part -= part[0].clone()
             part.double()
-    found["to_float64"] = block.numel() / best(to_float64)
+    found["to_float64"] = block.numel() / median(to_float64)
     reset_peaks(CPU)
     found["first_touch"] = 2**28 / timed(CPU, lambda: torch.empty(2**26).zero_())[0]
     return found
@@ -184,7 +190,7 @@ def watch(files):
 
 @contextlib.contextmanager
 def anonymous_peak():
-    """Yields a list that ends with the largest RssAnon seen: memory without mapped pages of files, 50 times a second."""
+    """Yields a list that ends with the largest RssAnon seen (memory but mapped files), 50 times a second."""
     peak, end = [0], threading.Event()
 
     def sample():
@@ -200,7 +206,7 @@ def anonymous_peak():
 
 
 def largest_angle(P, Q, width=2**20):
-    """Largest principal angle between the spans of the rows of P and of Q (k, d); of all processes' columns together."""
+    """Largest principal angle between the spans of the rows of P and Q (k, d), all processes' columns together."""
     k, d = P.shape
     PP, QQ, PQ = torch.zeros(3, k, k, dtype=torch.float64)
     for p, q in zip(P.split(width, dim=1), Q.split(width, dim=1), strict=True):
@@ -215,7 +221,7 @@ def largest_angle(P, Q, width=2**20):
 
 
 def measure(directory, D, n, k, dtype, processes, memory, threads, P_file, save):
-    """Seconds and peaks of this process; in memory if `memory` is None. P_file: where P is saved to, or compared with."""
+    """Seconds, peaks of this process; in memory if `memory` is None. P_file: where P is saved, or compared with."""
     torch.set_num_threads(threads)
     utils.keep_freed_memory()  # as the training scripts do
     distributed.start(CPU, 600)
@@ -223,7 +229,8 @@ def measure(directory, D, n, k, dtype, processes, memory, threads, P_file, save)
     paths = [directory / f"{i}.pt" for i in range(n)]
     model = Flat(D)
     pca_basis(random_walk(n, 4 * n, CPU), k)  # warm-up
-    row = {"rates": rates(paths[distributed.rank() % n], D, n, k, dtype), "seconds": {}, "memory": {}}
+    around = [rates(paths[distributed.rank() :], D, n, k, dtype)]
+    row = {"seconds": {}, "memory": {}}
 
     def phase(name, function, *args, **options):
         if distributed.rank() == 0:
@@ -232,7 +239,8 @@ def measure(directory, D, n, k, dtype, processes, memory, threads, P_file, save)
         before = reset_peaks(CPU)
         with anonymous_peak() as anonymous:
             row["seconds"][name], result = timed(CPU, lambda: function(*args, **options))
-        row["memory"][name] = {"before": before["host"], "anonymous": anonymous[0], "whole": peaks(CPU, before)["in_all"]["host"]}
+        row["memory"][name] = {"before": before["host"], "anonymous": anonymous[0],
+                               "whole": peaks(CPU, before)["in_all"]["host"]}
         return result
 
     row["file_bytes"] = paths[0].stat().st_size
@@ -241,6 +249,8 @@ def measure(directory, D, n, k, dtype, processes, memory, threads, P_file, save)
     row["passes"] = watch(window) if isinstance(window, SnapshotFiles) else []
     P, _ = phase("basis", pca_basis, window, k, sharded=processes > 1)
     row["P_bytes"] = P.nbytes
+    around.append(rates(paths[distributed.rank() :], D, n, k, dtype))
+    row["rates"] = {key: 2 / (1 / around[0][key] + 1 / around[1][key]) for key in around[0]}
     if save:
         torch.save({"P": P}, P_file)
     elif P_file:
@@ -253,15 +263,15 @@ def measure(directory, D, n, k, dtype, processes, memory, threads, P_file, save)
 def in_own_processes(directory, spec, **more):
     """What `measure` finds in each of the point's processes, a list; None if one was killed for want of memory."""
     N = spec["processes"]
-    request = json.dumps({**spec, **more, "directory": str(directory), "threads": max(1, torch.get_num_threads() // N)})
+    request = json.dumps({**spec, **more, "directory": str(directory), "threads": torch.get_num_threads()})
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     children = []
     try:
         for rank in range(N):
-            env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(N), "MASTER_PORT": str(port),
-                                "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+            env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(N),
+                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
             children.append(subprocess.Popen([sys.executable, __file__, "--child", request], env=env,
                                              stderr=subprocess.PIPE, text=True))
         for child in children:
@@ -276,8 +286,8 @@ def in_own_processes(directory, spec, **more):
 
 
 def measure_all(specs, scratch):
-    """The rows of all points."""
-    rows, written, saved = [], None, {}
+    """The row of each point in turn."""
+    written, saved = None, {}
     with tempfile.TemporaryDirectory(dir=scratch, prefix="scale-") as folder:
         for spec in specs:
             window = {key: spec[key] for key in ("D", "n", "dtype")}
@@ -295,11 +305,11 @@ def measure_all(specs, scratch):
             if keep:
                 saved[spec["k"]] = file
             need = 4 * spec["D"] * (spec["n"] + spec["k"] + 1)
-            if alone and need < SHARE * host_memory("MemAvailable", "/proc/meminfo"):
-                row["loaded"] = in_own_processes(directory, {**spec, "memory": None}, P_file=str(file), save=False)
-            rows.append(row)
+            if need < SHARE * host_memory("MemAvailable", "/proc/meminfo"):
+                row["loaded"] = in_own_processes(directory, {**spec, "memory": None}, save=False,
+                                                 P_file=str(file) if spec["k"] in saved else None)
             print(measured_line(row), flush=True)
-    return rows
+            yield row
 
 
 # ------------------------------------------------------------------------------------------------ formulae
@@ -311,7 +321,7 @@ def files_checked(n, processes, loaded):
 
 
 def predicted(row, one):
-    """Seconds and whole peaks of one process of a point (the formulae above), from its rates and what it held before."""
+    """Seconds and whole peaks of one process (the formulae above), from its rates and what it held before."""
     D, n, k, rate, file = row["D"], row["n"], row["k"], one["rates"], one["file_bytes"]
     d, b = math.ceil(D / row["processes"]), 2 if row["dtype"] == "bfloat16" else 4
     width = row["memory"] // (16 * n)
@@ -333,8 +343,8 @@ def predicted(row, one):
 def gpu_bytes(D, k, N, method="psgd", sharded=True):
     """Bytes on each of N GPUs in a step, activations left out: w, its gradient, a copy of w, P, and passing vectors.
 
-    The copy is w_start (P-SGD) or w before the step (P-BFGS). Passing: the padded gradient or the gathered step (D), and
-    a part of it; P+-BFGS ("pbfgs+") has its momentum, and beside the direction a second lifted vector.
+    The copy is w_start (P-SGD) or w before the step (P-BFGS). Passing: the padded gradient or the gathered step (D),
+    and a part of it; P+-BFGS ("pbfgs+") has its momentum, and beside the direction a second lifted vector.
     """
     part = math.ceil(D / N)
     vectors = 3 + (method != "psgd" or sharded) + 2 * (method == "pbfgs+")
@@ -412,7 +422,9 @@ def measured_line(row):
         cells.append(pair(worst(ones, "memory", name, "whole"), worst(expected, f"{name}_bytes"), 2**30))
     cells.append(f"{(worst(ones, 'memory', 'basis', 'whole') - worst(ones, 'P_bytes')) / 2**30:.2f}")
     loaded = row.get("loaded", [])
-    cells += [f"{loaded[0]['seconds']['basis']:.3g}, {loaded[0]['memory']['basis']['whole'] / 2**30:.3g}" if loaded else "",
+    cells += [", ".join(f"{value:.3g}" for value in (
+                  worst(loaded, "seconds", "check"), worst(loaded, "seconds", "basis"),
+                  worst(loaded, "memory", "basis", "whole") / 2**30)) if loaded else "",
               f"{worst(loaded or ones, 'angle'):.1e}" if "angle" in (loaded or ones)[0] else ""]
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -426,7 +438,8 @@ def host_rates(result):
 def paper(D, b, gpus, host):
     """The table on paper of one D."""
     plans = [plan(D, 81, 40, N, b, host=host) for N in gpus]
-    lines = [f"D = {D:.0e}, {'float32' if b == 4 else 'bfloat16'} snapshots | " + " | ".join(f"{N:,} GPUs" for N in gpus)]
+    lines = [f"D = {D:.0e}, {'float32' if b == 4 else 'bfloat16'} snapshots | "
+             + " | ".join(f"{N:,} GPUs" for N in gpus)]
 
     def add(text, value):
         lines.append(text + " | " + " | ".join(value(one) for one in plans))
@@ -459,21 +472,23 @@ def fits(size):
 def table(result, dims, gpus):
     """All tables, Markdown."""
     lines = ["| D | n | k | snapshots | processes | basis memory, GiB | check, s | pass 1, s | pass 2, s "
-             "| check, peak GiB | basis, peak GiB | without P | in memory: s, peak GiB | angle |",
+             "| check, peak GiB | basis, peak GiB | without P | in memory: load s, basis s, peak GiB | angle |",
              "|--:|--:|--:|---|" + "--:|" * 10, *map(measured_line, result["points"]), "",
-             "Measured / predicted = ratio; peaks are the whole process's (its resident set at most, the network and mapped "
-             "pages of files included), of the worst process."]
+             "Measured / predicted = ratio; peaks are the whole process's (its resident set at most, the network and "
+             "mapped pages of files included), of the worst process."]
     host = host_rates(result)
     if host:
         lines += ["", "Rates of one process, medians over the points of one process: " + ", ".join(
             f"{key.replace('_', ' ')} {value / (1 if key == 'open' else 1e9):.3g}{'' if key == 'open' else ' G'}/s"
             for key, value in host.items()) + "."]
     hardware = result["hardware"]
-    lines += [f"{hardware['cpu']}, {hardware['threads']} threads, torch {result['versions']['torch']}."]
+    lines += ["", f"{hardware['cpu']}, {hardware['cores']} cores, threads per process: {hardware['threads']}, "
+              f"torch {result['versions']['torch']}."]
     for D in dims:
         for b in (4, 2):
             lines += ["", paper(D, b, gpus, host)]
-    lines += ["", r"\* over a GPU's 80 GB.", "", "| GPUs | largest D, P sharded | largest D, P whole |", "|--:|--:|--:|"]
+    lines += ["", r"\* over a GPU's 80 GB.", "", "| GPUs | largest D, P sharded | largest D, P whole |",
+              "|--:|--:|--:|"]
     lines += [f"| {N:,} | {largest_D(40, N):.3g} | {largest_D(40, N, sharded=False):.3g} |" for N in gpus]
     return "\n".join(lines) + "\n"
 
@@ -482,18 +497,19 @@ def main(args):
     if args.child:
         measure(**args.child)
         return
+    for path in (args.scratch, *(Path(path).parent for path in (args.json, args.table) if path)):
+        Path(path).mkdir(parents=True, exist_ok=True)
     if args.source:
         if (result := runs.load_json(Path(args.source))) is None:
             raise utils.InputError(f"--from {args.source}: there is no such file")
     else:
-        Path(args.scratch).mkdir(parents=True, exist_ok=True)
-        result = {"command": runs.command_line(), "points": measure_all(args.points, args.scratch), "assumed": ASSUMED,
-                  "versions": runs.versions(), "hardware": runs.hardware(CPU), "git_revision": runs.git_revision()}
-    for path in (args.json, args.table):
-        if path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-    if args.json:
-        runs.save_json(Path(args.json), result)
+        torch.set_num_threads(args.threads)
+        result = {"command": runs.command_line(), "points": [], "assumed": ASSUMED, "versions": runs.versions(),
+                  "hardware": runs.hardware(CPU), "git_revision": runs.git_revision()}
+        for row in measure_all(args.points, args.scratch):
+            result["points"].append(row)
+            if args.json:  # after each, lest a later one should fail
+                runs.save_json(Path(args.json), result)
     text = table(result, args.dims, args.gpus)
     print(text, end="")
     if args.table:

@@ -50,7 +50,7 @@ class Processes:
         for member in self.members:
             member.start()
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=300):
         """Their exit statuses; -n for signal n. Kills those that do not end."""
         for member in self.members:
             member.join(timeout)
