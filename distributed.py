@@ -9,6 +9,7 @@ What is split: each mini-batch (`share`), the snapshots' columns and with them t
 has whole: the network, its parameters as a vector, everything k-dimensional. All of them take the same steps, since the
 numbers that decide are reduced over the processes first and come out of that as the same bits everywhere.
 """
+import contextlib
 import datetime
 import functools
 import os
@@ -26,8 +27,8 @@ def world() -> int:
 
 
 def rank() -> int:
-    """This one's number, from 0; number 0 writes the files and speaks."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This one's number, from 0, before they have met too; number 0 writes the files and speaks."""
+    return int(os.environ.get("RANK", 0)) if launched() > 1 else 0
 
 
 def launched() -> int:
@@ -102,6 +103,16 @@ def from_first(x: Tensor) -> Tensor:
     if world() > 1:
         dist.broadcast(x, 0)
     return x
+
+
+@contextlib.contextmanager
+def first_before_others():
+    """In here process 0 is alone, and the others follow when it is through: what it downloads is there for them."""
+    if rank():
+        maximum(0)
+    yield
+    if rank() == 0:
+        maximum(0)
 
 
 def share(first: int, last: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@
 # Each uses the active python where it has the packages, else a .venv made from requirements.txt here.
 # A demo or quick start that was interrupted goes on where it stopped when it is called again; FORCE=1 starts over.
 # Relative paths in the environment variables are relative to this directory.
-# A stage that fails stops the script with that stage's exit status.
+# A stage that fails stops the script with that stage's exit status (with NPROC torchrun's, which is 1).
 set -euo pipefail
 python3=$(type -P "${PYTHON:-python3}") || { echo "run.sh: error: there is no ${PYTHON:-python3}; set PYTHON" >&2; exit 1; }
 python3=$(realpath --no-symlinks "$python3")

@@ -67,11 +67,11 @@ def save_json(path, value):
     return write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def load_file(path, what):
+def load_file(path, what, mmap=False):
     """A dict of tensors and plain values from a file; raises InputError that says what was looked for and why not.
 
     Only tensors and plain values are unpickled: a file from elsewhere cannot run code. torch.save's checksums, which
-    torch.load ignores, are compared: a flipped bit is found out wherever it is.
+    torch.load ignores, are compared: a flipped bit is found out wherever it is. `mmap`: the tensors stay in the file.
     """
     try:
         if zipfile.is_zipfile(path):  # the official release's older format is not
@@ -79,7 +79,7 @@ def load_file(path, what):
                 if damaged := archive.testzip():
                     raise ValueError(f"{damaged!r} in it is damaged")
         with warnings.catch_warnings(action="ignore"):  # torch's guesses about files that are none
-            value = torch.load(path, map_location="cpu", weights_only=True)
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError as error:
         raise InputError(f"{path}: there is no {what} at this path") from error
     except Exception as error:  # whatever a truncated, foreign or hostile file provokes
@@ -179,8 +179,9 @@ class Run:
             return None
         if any(path.stat().st_mtime > self.path("summary.json").stat().st_mtime for path in snapshots):
             return None
-        print(f"{self.path('summary.json')}: finished before", flush=True)
-        print_summary(summary)
+        if distributed.rank() == 0:
+            print(f"{self.path('summary.json')}: finished before", flush=True)
+            print_summary(summary)
         return summary
 
     def begin(self, data, w, *, snapshots, explained=None, writes=0):
@@ -234,6 +235,7 @@ class Run:
 
     def changes(self, then, harmless=frozenset(HARMLESS)):
         """How the arguments differ from `then`, the harmless ones aside: "lr 0.1 -> 0.2, ...", or "" if not at all."""
+        then = {"sync_bn": False, "snapshot_dtype": "float32", **then}  # what files from before these flags mean
         if self.method != "sgd":
             harmless = harmless - {"save_dir"}  # where the snapshots come from
         return ", ".join(f"{key} {then.get(key)} -> {value}" for key, value in vars(self.args).items()

@@ -64,12 +64,12 @@ def snapshot_paths(directory: str | Path, indices: range) -> list[Path]:
     return paths
 
 
-def read_snapshot(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """A state dict that fits `model`, on the CPU, from a file of ours or of the official release.
+def read_snapshot(path: Path, model: nn.Module, mmap: bool = False) -> dict[str, Tensor]:
+    """A state dict that fits `model`, on the CPU (or, with `mmap`, in its file), from us or the official release.
 
     Raises InputError with file, tensor and reason for anything else.
     """
-    state = load_file(path, "snapshot")
+    state = load_file(path, "snapshot", mmap)
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"snapshot {path} is not a state dict of tensors")
     state = without_prefixes(state)
@@ -84,7 +84,8 @@ def read_snapshot(path: Path, model: nn.Module) -> dict[str, Tensor]:
             raise InputError(
                 f"snapshot {path} is of another --arch or number of classes: {name} is {there}, the network's {here}"
             )
-        if state[name].layout != torch.strided or not torch.isfinite(state[name].float()).all():
+        if state[name].layout != torch.strided or not all(
+                torch.isfinite(part).all() for part in state[name].reshape(-1).split(2**22)):  # with little memory
             raise InputError(f"snapshot {path}: {name} holds NaN or infinite values, or is no plain float32 tensor")
     return state
 
@@ -136,21 +137,22 @@ def load_window(paths: list[Path], model: nn.Module, device: torch.device | str 
     D = sum(p.numel() for p in model.parameters())
     columns = distributed.columns(D) if sharded else slice(0, D)
     loads = 4 * len(paths) * (columns.stop - columns.start) <= memory
-    window = torch.empty(len(paths), columns.stop - columns.start, device=device) if loads else None
+    window = (torch.empty(len(paths), columns.stop - columns.start, device=device) if loads
+              else SnapshotFiles(paths, names, columns, device, int(memory)))
     dtypes = {}  # other than float32 -> the first file with it
     for i, path in enumerate(paths):
         if not loads and i and i % distributed.world() != distributed.rank():
             continue  # each file is checked by one process
-        state = read_snapshot(path, model)
+        state = read_snapshot(path, model, mmap=not loads)
         for name in names:
             dtypes.setdefault(str(state[name].dtype), path)
         if loads:
             window[i] = flat_columns(state, names, columns)
         if i == 0:
             model.load_state_dict(state)
-    for dtype in sorted(dtypes.keys() - {"torch.float32"}):
+    for dtype in sorted(dtypes.keys() - {"torch.float32"}) if distributed.rank() == 0 else ():
         print(f"note: {dtypes[dtype]} holds {dtype}; converted to torch.float32", file=sys.stderr)
-    return window if loads else SnapshotFiles(paths, names, columns, device, int(memory))
+    return window
 
 
 def differences(window: Tensor | SnapshotFiles, chunk_bytes: int | None = None) -> Iterator[Tensor]:
@@ -357,9 +359,8 @@ class ProjectedBFGS:
         """One iteration from w.grad, the gradient of the loss f at w.
 
         trial_loss() evaluates the same mini-batch's loss at the current w, a scalar (with several processes that of
-        all of them, like f); it must leave w.grad and the
-        batch-norm statistics alone (see `frozen_statistics`). Raises FloatingPointError, with w as it was, if
-        the search ends on a loss that is not finite.
+        all of them, like f); it must leave w.grad and the batch-norm statistics alone (see `frozen_statistics`).
+        Raises FloatingPointError, with w as it was, if the search ends on a loss that is not finite.
         """
         if self.alpha:
             distributed.mean(self.w.grad)  # whose part outside the subspace every process needs
@@ -372,6 +373,8 @@ class ProjectedBFGS:
             else:
                 self.skipped += 1
         d = -self.B @ g
+        # those of process 0 everywhere, however other processors round
+        d, slope = distributed.from_first(torch.cat([d, (g @ d)[None]])).split(len(d))
         direction = lift(self.P, d.to(self.P), len(self.w))
         self.before.copy_(self.w)
 
@@ -379,7 +382,7 @@ class ProjectedBFGS:
             torch.add(self.before, direction, alpha=t, out=self.w)
             return float(trial_loss())  # the one host synchronisation of a trial
 
-        search = armijo(loss_at, f, float(g @ d), **self.search)
+        search = armijo(loss_at, f, float(slope), **self.search)
         if not math.isfinite(search.loss):
             self.w.copy_(self.before)
             raise FloatingPointError(f"the line search ended on a loss of {search.loss} after {search.trials} trials")

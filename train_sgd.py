@@ -36,7 +36,7 @@ def parse_args(argv=None):
                        help="weight decay")
     train.add_argument("--milestones", type=int, nargs="*", default=None, metavar="E",
                        help="epochs after which lr drops to a tenth (default: 100 150; CIFAR100 150; ImageNet 30 60)")
-    train.add_argument("--pretrained", nargs="?", const=True, default=None, metavar="FILE",
+    train.add_argument("--pretrained", nargs="?", const=True, default=False, metavar="FILE",
                        help="start from this state dict, or without FILE from torchvision's weights (ImageNet only)")
     train.add_argument("--samples-per-epoch", type=utils.count, default=None, metavar="S",
                        help="snapshots per epoch (default: 1, at its end; ImageNet 6): after iterations 1, c + 1, ..., "
@@ -99,11 +99,12 @@ def main(args):
 
     def save_snapshot(epoch, iteration):
         if iteration in due:
-            state = runs.cpu_copy(model.state_dict())
+            state = model.state_dict()
+            finite = all(torch.isfinite(value).all() for value in state.values())  # losses may not have been read yet
+            if distributed.maximum(int(not finite)):
+                raise utils.NonFiniteLoss(f"the network is not finite after iteration {iteration}")
             if args.snapshot_dtype == "bfloat16":
                 state = {name: value.bfloat16() if name in parameters else value for name, value in state.items()}
-            if not all(torch.isfinite(value).all() for value in state.values()):  # losses may not have been read yet
-                raise utils.NonFiniteLoss(f"the network is not finite after iteration {iteration}")
             index = epoch * len(due) + due.index(iteration) + 1
             runs.save_tensors(run.directory / f"{index}.pt", state)
 

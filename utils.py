@@ -5,9 +5,9 @@ This module imports none of the others (flag checks aside), so that all of them 
 import argparse
 import contextlib
 import ctypes
-import itertools
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -64,14 +64,11 @@ class StopSignals:
             signal.raise_signal(number)
         self.number, self.since = number, self.since or now
 
-    def watch(self, batches, every=1):
-        """The batches, until a signal comes; of several processes all stop if one gets it, at every so many batches."""
+    def watch(self, batches):
+        """The batches, until a signal comes; of several processes all stop at the same batch if one gets it."""
         batches = iter(batches)
-        for i in itertools.count():
-            number = self.number
-            if distributed.world() > 1:
-                number = distributed.maximum(number or 0) if i % every == 0 else 0
-            if number:
+        while True:
+            if number := distributed.maximum(self.number or 0):
                 raise Stopped(number)
             try:
                 batch = next(batches)
@@ -91,13 +88,16 @@ def run_script(parse_args, main):
     def fail(line, status=1):
         if distributed.first_to_fail():
             print(f"{name}: {line}", file=sys.stderr, flush=True)
+        if distributed.world() > 1:
+            os._exit(status)  # parting from processes that may be gone could take for ever
         sys.exit(status)
 
     try:
         main(args)
+        distributed.stop()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python flushes into it once more
-        sys.exit(f"{name}: error: nobody reads this run's output any more; stopped, --resume auto goes on")
+        fail("error: nobody reads this run's output any more; stopped, --resume auto goes on")
     except Stopped as error:
         fail(str(error), 128 + error.number)
     except KeyboardInterrupt:
@@ -114,12 +114,11 @@ def run_script(parse_args, main):
             fail(f"error: out of memory: try a smaller --batch-size, with --accumulate ({reason})")
         if "deterministic" in reason:
             fail(f"error: --deterministic does not go with this --arch on this --device: {reason}")
-        if isinstance(error, torch.distributed.DistError) or "gloo" in reason or "NCCL" in reason:
+        connection = re.search("(gloo|NCCL).*(onnection|imed out|imeout)", reason)
+        if connection or isinstance(error, torch.distributed.DistError):
             fail(f"error: another process of this run has ended, or has not answered for --timeout {args.timeout:g} "
                  f"seconds; --resume auto goes on from the last checkpoint ({one_line(reason)[:200]})")
         raise
-    finally:
-        distributed.stop()
 
 
 # ------------------------------------------------------------------------------------------------------------ flags
@@ -276,11 +275,11 @@ def check_args(parser, args):
     try:
         datasets.check_name(args.datasets)
         models.check_name(args.arch, args.datasets)
-        pick_device(args.device)
+        device = pick_device(args.device)
     except InputError as error:
         parser.error(str(error))
-    if args.sync_bn and args.device == "cpu":
-        parser.error("--sync-bn: torch has it for GPUs only; leave it out, or see --device")
+    if args.sync_bn and device.type == "cpu":
+        parser.error("--sync-bn: torch has it for GPUs only; leave it out here")
     if "shard_basis" in args and args.shard_basis == "on" and args.basis != "pca":
         parser.error(f"--shard-basis on goes with --basis pca, not {args.basis}")
     if args.smalldatasets == 0:
@@ -328,6 +327,8 @@ def pick_device(name):
         raise InputError(f"--device {name}: not one of auto, cpu, cuda, cuda:N")
     if device.type == "cpu":
         return torch.device("cpu")
+    if device.index is not None and distributed.launched() > 1:
+        raise InputError(f"--device {name}: each of several processes takes a GPU of its own; use auto or cuda")
     index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, this process wants "
@@ -345,9 +346,10 @@ def set_up(args):
     torch.backends.cudnn.allow_tf32 = args.conv_tf32 == "on"
     seed_everything(args.randomseed)
     device = pick_device(args.device)
-    distributed.start(device, args.timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    distributed.start(device, args.timeout)
+    if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not recorded on the default stream
     else:
         keep_freed_memory()
@@ -488,6 +490,8 @@ def fit(run, model, w, data, passes, update, *, schedule, algorithm, statistics=
     """
     args = run.args
     first = run.first_epoch(model, algorithm)
+    if distributed.maximum(first) != -distributed.maximum(-first):
+        raise InputError(f"the processes find different checkpoints: {run.flag} must be one directory for all machines")
     with StopSignals() as signals:
         for epoch in range(first, args.epochs):
             good = run.state(epoch, model, algorithm)
@@ -501,7 +505,7 @@ def fit(run, model, w, data, passes, update, *, schedule, algorithm, statistics=
                        file=sys.stderr)
             try:
                 with run.timer("train") as train_time, bar:
-                    train = train_epoch(model, w, signals.watch(data.train.epoch(epoch), read_every), passes, update,
+                    train = train_epoch(model, w, signals.watch(data.train.epoch(epoch)), passes, update,
                                         sizes=data.train.sizes, accumulate=args.accumulate, read_every=read_every,
                                         after_iteration=hook, bar=bar, no_sync=no_sync)
                 distributed.share_statistics(model)

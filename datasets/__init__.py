@@ -221,7 +221,7 @@ def download(name, root, hint):
 
     quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
-        with quiet:  # a progress bar on a terminal only
+        with quiet, distributed.first_before_others():  # a progress bar on a terminal only
             return [getattr(tv_datasets, name)(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, a full disk, damaged files: torchvision has a type of its own for each
         raise InputError(f"--data {root}: {name} is not there and could not be downloaded ({error}); {hint}") from error

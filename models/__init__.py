@@ -103,7 +103,8 @@ def get_model(arch, num_classes, dataset="CIFAR10", pretrained=None):
         raise InputError(f"--pretrained: torchvision's weights have 1000 classes, --data has {num_classes}")
     try:
         # torchvision itself would unpickle them freely, even from a cache that somebody else has written to
-        weights = tv_models.get_model_weights(arch).DEFAULT.get_state_dict(weights_only=True, check_hash=True)
+        with distributed.first_before_others():
+            weights = tv_models.get_model_weights(arch).DEFAULT.get_state_dict(weights_only=True, check_hash=True)
         model = tv_models.get_model(arch, weights=None)
         model.load_state_dict(weights)
         return model

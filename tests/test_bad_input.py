@@ -1,6 +1,5 @@
 """Bad input: one clear line, exit status 2 for wrong usage and 1 for the rest, nothing saved before is lost."""
 import pickle
-import re
 import resource
 import shutil
 import subprocess
@@ -216,13 +215,15 @@ def test_files_that_are_no_checkpoints(sampled, tmp_path, content):
         train_psgd.main(train_psgd.parse_args(argv))
 
 
-def test_messages_are_one_line(monkeypatch):
+def test_messages_are_one_line(monkeypatch, capsys):
     def main(args):
         raise InputError("first\n  second\x1b[2J\x0cthird \udcff")
 
     monkeypatch.setattr(sys, "argv", ["train_sgd.py"])
-    with pytest.raises(SystemExit, match=re.escape("error: first second\\x1b[2J third \\udcff") + "$"):
+    with pytest.raises(SystemExit) as stop:
         utils.run_script(lambda: None, main)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "train_sgd.py: error: first second\\x1b[2J third \\udcff\n"
 
 
 def test_exit_statuses_and_single_lines_of_real_processes(tmp_path):
