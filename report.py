@@ -276,7 +276,7 @@ def accuracy(runs, title):
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_epoch.set(xlabel="epoch", ylabel="test accuracy (%)")
     by_time.set(xlabel="seconds of training, basis included", ylabel="test accuracy (%)")
-    by_time.legend(frameon=False, loc="lower right", fontsize=7)
+    fig.legend(*by_time.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return fig
 
 
@@ -375,7 +375,7 @@ def trials(runs, title):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     count.set(xlabel="epoch", ylabel="trials per step")
     first.set(xlabel="epoch", ylabel="first trial accepted (% of steps)")
-    count.legend(frameon=False, fontsize=8)
+    fig.legend(*count.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return fig
 
 
