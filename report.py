@@ -276,7 +276,7 @@ def accuracy(runs, title):
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_epoch.set(xlabel="epoch", ylabel="test accuracy (%)")
     by_time.set(xlabel="seconds of training, basis included", ylabel="test accuracy (%)")
-    fig.legend(*by_time.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    fig.legend(*by_time.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return fig
 
 
@@ -375,7 +375,7 @@ def trials(runs, title):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     count.set(xlabel="epoch", ylabel="trials per step")
     first.set(xlabel="epoch", ylabel="first trial accepted (% of steps)")
-    fig.legend(*count.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    fig.legend(*count.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return fig
 
 
@@ -383,6 +383,8 @@ def plane(result):
     """What trajectory.py measured: distances against snapshot; the loss surface with the paths over it."""
     from matplotlib.ticker import LogLocator
 
+    if "losses" not in result:
+        raise utils.InputError("trajectory.json holds no losses: an earlier trajectory.py made it; run it again")
     args = result["args"]
     fig, (distance, surface) = panels(2, f"{args['datasets']}, {args['arch']}{part(result)}, seed {args['randomseed']}")
     first, last = result["snapshots"]

@@ -294,7 +294,7 @@ case ${1:-demo} in
     trajectory) environment requirements.txt "$runtime"; recipe trajectory ;;
     table-*) environment requirements.txt "$runtime"; recipe "${1#table-}" ;;
     tables) environment requirements.txt "$runtime"; tables ;;
-    evidence) environment requirements.txt "$runtime"; evidence ;;
+    evidence) evidence ;;
     quick) environment requirements.txt "$runtime"; quick ;;
     test) environment requirements-dev.txt "$runtime, pytest, hypothesis"; exec "$python" -m pytest "${@:2}" ;;
     lint) environment requirements-dev.txt "ruff"; exec "$python" -m ruff check . ;;
