@@ -383,8 +383,6 @@ def plane(result):
     """What trajectory.py measured: distances against snapshot; the loss surface with the paths over it."""
     from matplotlib.ticker import LogLocator
 
-    if "losses" not in result:
-        raise utils.InputError("trajectory.json holds no losses: an earlier trajectory.py made it; run it again")
     args = result["args"]
     fig, (distance, surface) = panels(2, f"{args['datasets']}, {args['arch']}{part(result)}, seed {args['randomseed']}")
     first, last = result["snapshots"]
@@ -441,6 +439,9 @@ def main(args):
         write_atomically(Path(args.csv), comma_separated(runs).encode())
     if args.figures:
         trajectories = sorted(path for top in args.directories for path in Path(top).rglob("trajectory.json"))
+        for path in [path for path in trajectories if "losses" not in load_json(path)]:
+            print(f"not drawn: {path} holds no losses; trajectory.py of this version writes them")
+            trajectories.remove(path)
         for path in draw(runs, Path(args.figures), args.format, trajectories):
             print(f"figure: {path}")
 
