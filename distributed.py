@@ -131,18 +131,23 @@ def columns(D: int) -> slice:
     return slice(min(D, rank() * part(D)), min(D, (rank() + 1) * part(D)))
 
 
+def padded(x: Tensor, length: int) -> Tensor:
+    """x with zeros up to `length`; x itself if it is that long."""
+    return x if len(x) == length else F.pad(x, (0, length - len(x)))
+
+
 def scatter_mean(x: Tensor) -> Tensor:
     """This process's `columns` of the mean over the processes' vectors x (D,)."""
     D, d = len(x), part(len(x))
     mine = x.new_empty(d)
-    dist.reduce_scatter_tensor(mine, F.pad(x, (0, world() * d - D)))
+    dist.reduce_scatter_tensor(mine, padded(x, world() * d))
     return mine[: len(range(D)[columns(D)])].div_(world())
 
 
 def gather(mine: Tensor, D: int) -> Tensor:
     """The vector (D,) whose `columns` the processes hold."""
     whole = mine.new_empty(world() * part(D))
-    dist.all_gather_into_tensor(whole, F.pad(mine, (0, part(D) - len(mine))))
+    dist.all_gather_into_tensor(whole, padded(mine, part(D)))
     return whole[:D]
 
 

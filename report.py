@@ -1,14 +1,16 @@
 """Tables and figures of finished runs: reads the *_summary.json and *_log.jsonl below the given directories.
 
-Prints a Markdown table with one row per setting: parameters trained, epochs, last and best test accuracy, seconds; runs
-that differ in their seed only share a row, as mean ± standard deviation. Runs that have begun and not ended are listed
-below it. With --figures it draws what the runs have data for:
+Prints a Markdown table with one row per setting: parameters trained, epochs, last and best test accuracy, the figure on
+record for that very setting (results/targets.json) and the difference from it, seconds; runs that differ in their seed
+only share a row, as mean ± standard deviation. Runs that have begun and not ended are listed below it. With --figures
+it draws what the runs have data for:
 
-accuracy.png     test accuracy against epoch and against seconds of training
-variance.png     the share of the snapshots' variance that each component explains, and all up to it
-dimensions.png   test accuracy against the number of components
-noise.png        test accuracy against label noise
-trials.png       trials per step of P-BFGS
+accuracy     test accuracy against epoch and against seconds of training
+variance     the share of the snapshots' variance that each component explains, and all up to it
+dimensions   test accuracy against the number of components
+noise        test accuracy against label noise
+trials       trials per step of P-BFGS
+trajectory_* what trajectory.py measured in the directory of that name: distances, and paths over the loss surface
 
 Example:
   python report.py runs/quick --table runs/quick/table.md --figures runs/quick
@@ -18,14 +20,18 @@ import csv
 import io
 import json
 import statistics
+from itertools import accumulate
 from pathlib import Path
 
 import utils
 from runs import HARMLESS, load_json, write_atomically
 
 # method -> label and colour (Okabe and Ito's palette, safe for colour-blind readers)
-STYLES = {"sgd": ("SGD", "#000000"), "pbfgs": ("P-BFGS", "#0072B2"), "psgd": ("P-SGD", "#D55E00")}
+STYLES = {"sgd": ("SGD", "#000000"), "psgd": ("P-SGD", "#D55E00"), "pbfgs": ("P-BFGS", "#0072B2")}
 OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")  # of the same palette, for what shares a method
+BASES = {"pca": "principal directions", "random": "random directions", "snapshots": "span of snapshots"}
+LINES = ("-", "--", ":", "-.")
+TARGETS = Path(__file__).parent / "results" / "targets.json"
 
 
 def parse_args(argv=None):
@@ -37,6 +43,7 @@ def parse_args(argv=None):
     parser.add_argument("--table", metavar="FILE", help="also write the Markdown table to this file")
     parser.add_argument("--csv", metavar="FILE", help="write one line per run, every number unrounded")
     parser.add_argument("--figures", metavar="DIR", help="draw the figures into this directory")
+    parser.add_argument("--format", choices=("png", "svg"), default="png", help="of the figures (default: png)")
     return parser.parse_args(argv)
 
 
@@ -54,8 +61,16 @@ def find_runs(directories):
                     raise utils.InputError(f"{path} and its {method}_log.jsonl cannot be read: {error}") from error
     if not runs:
         raise utils.InputError(f"no *_summary.json below {' '.join(directories)}; a finished run writes one")
-    order = list(STYLES)
-    return sorted(runs, key=lambda run: (str(run["directory"]), order.index(run["method"])))
+    return sorted(runs, key=order)
+
+
+def order(run):
+    """Data set, network and part of the data, label noise, method, k, window, seed: each ascending as a number."""
+    args, methods = run["args"], ["SGD", "Adam", "P-SGD", "P-BFGS"]
+    return (run["dataset"], run["arch"], args.get("smalldatasets") or 1, run["corrupt"],
+            methods.index(label(run).split(" (")[0]), args.get("basis", "pca"), run["n_components"] or 0,
+            args.get("params_end", 0), args.get("params_step", 1), args.get("samples_per_epoch") or 1, run["seed"],
+            str(run["directory"]))
 
 
 def unfinished(directories):
@@ -105,26 +120,64 @@ def mean(runs, key, digits=2):
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
+def part(run):
+    """Which part of the data set was trained on, where not all."""
+    share = run["args"].get("smalldatasets")
+    return f", {100 * share:g}% of the samples" if share else ""
+
+
+def sampled(run):
+    """The snapshots that a run sampled or used, where that is not one per epoch from the window's start."""
+    args = run["args"]
+    if run["method"] == "sgd":
+        return f", {args['samples_per_epoch']} snapshots an epoch" if (args.get("samples_per_epoch") or 1) > 1 else ""
+    step = f", every {args['params_step']}." if args.get("params_step", 1) > 1 else ""
+    return f", snapshots {args['params_start']} to {args['params_end'] - 1}{step}"
+
+
+def on_record(run):
+    """The entry of results/targets.json for the run's setting, on the full data set; None without one."""
+    values = {**run["args"], **run, "label": label(run)}
+    for target in load_json(TARGETS)["targets"]:
+        wanted = {key: value for key, value in target.items() if key not in ("table", "source", "last", "best")}
+        if not part(run) and all(values.get(key) == value for key, value in wanted.items()):
+            return target
+    return None
+
+
+def compared(group):
+    """Target and difference of a row: of the last epoch, with a word where the seeds' spread does not cover it."""
+    target, values = on_record(group[0]), [run["test_accuracy_last"] for run in group]
+    if target is None or None in values:
+        return "-", "-"
+    difference = round(statistics.fmean(values) - target["last"], 2)
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    remark = " (one seed)" if spread is None else " (beyond the spread)" if abs(difference) > spread else ""
+    return f"{target['last']:.2f} [{target['source']}]", f"{difference:+.2f}{remark}"
+
+
 def table(runs):
     """A Markdown table, one row per setting; the first column names data set, network, label noise and seeds."""
     rows = [
         "| run | method | parameters trained | epochs | test accuracy, last (%) | best (%) | at epoch "
-        "| training accuracy, last (%) | seconds: train + eval + basis |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| target, last (%) | difference | training accuracy, last (%) | seconds: train + eval + basis |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
+    windows = {sampled(run) for run in runs if run["method"] != "sgd"}
     for group in grouped(runs):
         run = group[0]
         noise = f", {100 * run['corrupt']:g}% label noise" if run["corrupt"] else ""
-        part = run["args"].get("smalldatasets")
-        part = f", {100 * part:g}% of the samples" if part else ""
         seeds = sorted(run["seed"] for run in group)
         seeds = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
         best_epochs = ", ".join(str(run["best_epoch"] or "-") for run in group)
         seconds = [statistics.fmean(run["seconds"][stage] for run in group) for stage in ("train", "eval", "basis")]
+        name = label(run) + (sampled(run) if len(windows) > 1 else "")
+        target, difference = compared(group)
         rows.append(
-            f"| {run['dataset']}, {run['arch']}{noise}{part}, {seeds} | {label(run)} | {run['parameters_trained']:,} "
+            f"| {run['dataset']}, {run['arch']}{noise}{part(run)}, {seeds} | {name} | {run['parameters_trained']:,} "
             f"| {run['epochs']} | {mean(group, 'test_accuracy_last')} | {mean(group, 'test_accuracy_best')} "
-            f"| {best_epochs} | {mean(group, 'train_accuracy_last')} | {' + '.join(f'{s:.1f}' for s in seconds)} |"
+            f"| {best_epochs} | {target} | {difference} | {mean(group, 'train_accuracy_last')} "
+            f"| {' + '.join(f'{s:.1f}' for s in seconds)} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -138,10 +191,11 @@ def comma_separated(runs):
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     stages = list(runs[0]["seconds"])
-    writer.writerow([*COLUMNS, "label", "explained_variance", *(f"seconds_{stage}" for stage in stages), "command"])
+    writer.writerow([*COLUMNS, "label", "target_last", "explained_variance",
+                     *(f"seconds_{stage}" for stage in stages), "command"])
     for run in runs:
         explained = (run["explained_variance"] or {}).get("total")
-        writer.writerow([*(run[key] for key in COLUMNS), label(run), explained,
+        writer.writerow([*(run[key] for key in COLUMNS), label(run), (on_record(run) or {}).get("last"), explained,
                          *(run["seconds"][stage] for stage in stages), run["command"]])
     return text.getvalue()
 
@@ -153,7 +207,7 @@ def panels(columns, title):
     """A figure of README's width with `columns` axes side by side."""
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(9, 3.6), layout="constrained")
+    fig = Figure(figsize=(9, 3.8), layout="constrained")
     fig.suptitle(title, fontsize=10)
     axes = fig.subplots(1, columns, squeeze=False)[0]
     for ax in axes:
@@ -161,36 +215,68 @@ def panels(columns, title):
     return fig, axes
 
 
-def colours(runs):
-    """label -> colour: a method's own for the first of its labels, others for the rest."""
-    chosen, others = {}, list(OTHERS)
-    for run in runs:
-        if label(run) not in chosen:
+def shades(colour, count):
+    """`count` tints of a colour, from light to itself."""
+    rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return [tuple(1 - (1 - c) * (0.35 + 0.65 * (i + 1) / count) for c in rgb) for i in range(count)]
+
+
+def styles(runs):
+    """Groups of runs that share a line, each with its style: colour by method, tint by k, dashes by label noise.
+
+    Where label noise varies only the largest k of each method is shown: more lines could not be told apart.
+    """
+    noises, colour, others = sorted({run["corrupt"] for run in runs}), {}, list(OTHERS)
+    dims = {name: sorted({run["n_components"] or 0 for run in runs if label(run) == name}) for name in map(label, runs)}
+    lines = []
+    for group in grouped(runs):
+        run, name = group[0], label(group[0])
+        k = dims[name] if len(noises) == 1 else dims[name][-1:]
+        if (run["n_components"] or 0) not in k:
+            continue
+        if name not in colour:
             own = STYLES[run["method"]][1]
-            chosen[label(run)] = others.pop(0) if own in chosen.values() and others else own
-    return chosen
+            colour[name] = others.pop(0) if own in colour.values() and others else own
+        noise = f", {100 * run['corrupt']:g}% label noise" if len(noises) > 1 else ""
+        dimension = f", k = {run['n_components']}" if run["n_components"] else ""
+        several = len({sampled(run) for run in runs if run["method"] != "sgd"}) > 1
+        lines.append((group, {
+            "color": shades(colour[name], len(k))[k.index(run["n_components"] or 0)],
+            "linestyle": LINES[noises.index(run["corrupt"]) % len(LINES)],
+            "label": f"{name}{dimension}{noise}{sampled(run) if several else ''}",
+        }))
+    return lines
+
+
+def curve(ax, group, x, y, **style):
+    """The seeds' mean of y against the mean of x, over epochs, and between their least and largest a band."""
+    xs, ys = ([[sum(point) / len(group) for point in zip(*map(of, group), strict=True)] for of in (x, y)])
+    ax.plot(xs, ys, marker=".", markersize=3, linewidth=1.2, **style)
+    if len(group) > 1:
+        every = list(zip(*map(y, group), strict=True))
+        ax.fill_between(xs, list(map(min, every)), list(map(max, every)), color=style["color"], alpha=0.15, linewidth=0)
+
+
+def logged(key):
+    return lambda run: [line[key] for line in run["log"]]
+
+
+def elapsed(run):
+    return [run["seconds"]["basis"] + s for s in accumulate(logged("seconds")(run))]
 
 
 def accuracy(runs, title):
-    """Test accuracy against epoch and against seconds, a line per run, a colour per method."""
+    """Test accuracy against epoch and against seconds: the mean over seeds, and their range as a band."""
     from matplotlib.ticker import MaxNLocator
 
     fig, (by_epoch, by_time) = panels(2, title)
-    colour, shown = colours(runs), set()
-    for run in runs:
-        log = run["log"]
-        values = [line["test_accuracy"] for line in log]
-        elapsed = [run["seconds"]["basis"] + sum(line["seconds"] for line in log[: i + 1]) for i in range(len(log))]
-        text = f"{label(run)} ({run['parameters_trained']:,} parameters)"
-        style = {"color": colour[label(run)], "label": None if text in shown else text, "marker": ".", "markersize": 4,
-                 "linewidth": 1}  # another seed of a run that the legend has needs no entry
-        shown.add(text)
-        by_epoch.plot([line["epoch"] for line in log], values, **style)
-        by_time.plot(elapsed, values, **style)
+    for group, style in styles(runs):
+        curve(by_epoch, group, logged("epoch"), logged("test_accuracy"), **style)
+        curve(by_time, group, elapsed, logged("test_accuracy"), **style)
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_epoch.set(xlabel="epoch", ylabel="test accuracy (%)")
-    by_time.set(xlabel="seconds of training, basis included")
-    by_epoch.legend(frameon=False, loc="lower right", fontsize=8)
+    by_time.set(xlabel="seconds of training, basis included", ylabel="test accuracy (%)")
+    fig.legend(*by_time.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return fig
 
 
@@ -200,21 +286,24 @@ def variance(runs, title):
     if not runs:
         return None
     fig, (each, total) = panels(2, title)
-    shown = set()
+    noises, colour, shown = sorted({run["corrupt"] for run in runs}), {}, set()
     for run in sorted(runs, key=lambda run: -run["n_components"]):  # of one window the largest basis holds the others
-        text = f"{run['args']['basis']}, {run['snapshots']} snapshots" if "basis" in run["args"] else "pca"
-        if (text, run["seed"], run["corrupt"]) in shown:
+        basis = run["args"].get("basis", "pca")
+        text = f"{BASES[basis]}, {run['snapshots']} snapshots"
+        text += f", {100 * run['corrupt']:g}% label noise" if len(noises) > 1 else ""
+        if (text, run["seed"]) in shown:
             continue
+        entry = None if text in colour else text  # another seed needs no entry in the legend
+        shown.add((text, run["seed"]))
         shares = run["explained_variance"]["per_component"]
         numbers = range(1, len(shares) + 1)
-        style = {"marker": ".", "label": None if text in {other for other, *_ in shown} else text,
-                 "color": OTHERS[len({other for other, *_ in shown} - {text}) % len(OTHERS)]}
-        shown.add((text, run["seed"], run["corrupt"]))
+        style = {"marker": ".", "markersize": 4, "linewidth": 1, "label": entry,
+                 "color": colour.setdefault(text, OTHERS[len(colour) % len(OTHERS)])}
         each.semilogy(numbers, [100 * share for share in shares], **style)
         total.plot(numbers, [100 * sum(shares[:i]) for i in numbers], **style)
-    each.set(xlabel="component", ylabel="variance explained (%)")
-    total.set(xlabel="components", ylabel="variance explained by all (%)")
-    each.legend(frameon=False, fontsize=8)
+    each.set(xlabel="component", ylabel="variance explained by each (%)")
+    total.set(xlabel="number of components", ylabel="variance explained by all (%)")
+    total.legend(frameon=False, fontsize=8, loc="center right")
     return fig
 
 
@@ -232,15 +321,19 @@ def dimensions(runs, title):
     if len({run["n_components"] for run in subspace if run["method"] == "psgd"}) < 3:
         return None
     fig, (ax,) = panels(1, title)
-    for i, c in enumerate(sorted({run["corrupt"] for run in subspace})):
+    noises = sorted({run["corrupt"] for run in subspace})
+    for i, c in enumerate(noises):
+        text = f", {100 * c:g}% label noise" if len(noises) > 1 else ""
         for method, line in (("psgd", "-"), ("pbfgs", "--")):
             these = [run for run in subspace if run["method"] == method and run["corrupt"] == c]
             if these:
                 against(ax, these, "n_components", "test_accuracy_last", linestyle=line, color=OTHERS[i % len(OTHERS)],
-                        label=f"{STYLES[method][0]}, {100 * c:g}% label noise")
+                        label=f"{STYLES[method][0]}{text}")
         sgd = [run["test_accuracy_last"] for run in runs if label(run) == "SGD" and run["corrupt"] == c]
         if sgd:
-            ax.axhline(statistics.fmean(sgd), linestyle=":", color=OTHERS[i % len(OTHERS)], label="SGD, all parameters")
+            ax.axhline(statistics.fmean(sgd), linestyle=":", color=OTHERS[i % len(OTHERS)],
+                       label=f"SGD, all parameters{text}")
+    ax.set_xticks(sorted({run["n_components"] for run in subspace}))
     ax.set(xlabel="components k", ylabel="test accuracy, last epoch (%)")
     ax.legend(frameon=False, fontsize=8)
     return fig
@@ -263,39 +356,75 @@ def noise(runs, title):
             against(ax, these, "noise", value, linestyle=line, color=STYLES[method][1],
                     label=f"{text}, k = {most}" if most else text)
     ax.set(xlabel="label noise (%)", ylabel="test accuracy (%)")
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="lower left")
     return fig
 
 
 def trials(runs, title):
     """Trials per step of P-BFGS and how many searches take their first trial, against epoch."""
+    from matplotlib.ticker import MaxNLocator
+
     runs = [run for run in runs if run["method"] == "pbfgs" and run["log"]]
     if not runs:
         return None
     fig, (count, first) = panels(2, title)
-    for run in runs:
-        epochs = [line["epoch"] for line in run["log"]]
-        style = {"color": STYLES["pbfgs"][1], "marker": ".", "linewidth": 1}
-        count.plot(epochs, [line["trials_per_step"] for line in run["log"]], **style)
-        first.plot(epochs, [line["first_trial_accepted"] for line in run["log"]], **style)
+    for group, style in styles(runs):
+        curve(count, group, logged("epoch"), logged("trials_per_step"), **style)
+        curve(first, group, logged("epoch"), logged("first_trial_accepted"), **style)
+    for ax in (count, first):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     count.set(xlabel="epoch", ylabel="trials per step")
     first.set(xlabel="epoch", ylabel="first trial accepted (% of steps)")
+    fig.legend(*count.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return fig
+
+
+def plane(result):
+    """What trajectory.py measured: distances against snapshot; the loss surface with the paths over it."""
+    from matplotlib.ticker import LogLocator
+
+    args = result["args"]
+    fig, (distance, surface) = panels(2, f"{args['datasets']}, {args['arch']}{part(result)}, seed {args['randomseed']}")
+    first, last = result["snapshots"]
+    for key, text, colour in (("distance_from_start", "from the start", "#000000"),
+                              ("distance_from_subspace", "from the subspace", "#D55E00")):
+        distance.plot(range(first, last + 1), result[key], color=colour, label=text)
+    distance.axvspan(first, args["params_end"] - 1, alpha=0.1, color="#009E73", label="window of the basis")
+    distance.set(xlabel="snapshot of SGD (epoch)", ylabel="Euclidean distance of the parameters")
+    distance.legend(frameon=False, fontsize=8)
+    surface.grid(False)
+    losses = [[max(loss, 1e-6) for loss in row] for row in result["losses"]]
+    shown = surface.contourf(*result["axes"], losses, levels=20, locator=LogLocator(base=1.25), cmap="Blues_r",
+                             alpha=0.7)
+    fig.colorbar(shown, ax=surface, label="training loss", format="%.2g")
+    for method, colour, marker in (("sgd", "#000000", "o"), ("psgd", "#D55E00", "s"), ("pbfgs", "#CC79A7", "^")):
+        for i, line in enumerate(result["paths"][method]):
+            surface.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=3, linewidth=1.2,
+                         label=None if i else STYLES[method][0])
+    surface.set(xlabel="component 1", ylabel="component 2")
+    surface.legend(fontsize=8)
     return fig
 
 
 FIGURES = (accuracy, variance, dimensions, noise, trials)
 
 
-def draw(runs, directory):
+def image(fig, kind="png"):
+    """The figure's file, the same bytes every time: without the date, and without the library's name."""
+    import matplotlib
+
+    file = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "dldr"}):
+        fig.savefig(file, dpi=150, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    return file.getbuffer()
+
+
+def draw(runs, directory, kind, trajectories=()):
     """Write the figures that the runs have data for; returns their paths."""
-    paths, title = [], "; ".join(sorted({f"{run['dataset']}, {run['arch']}" for run in runs}))
-    for figure in FIGURES:
-        fig = figure(runs, title)
-        if fig is not None:
-            image = io.BytesIO()
-            fig.savefig(image, dpi=150, format="png", metadata={"Software": None})  # the same bytes every time
-            paths.append(write_atomically(directory / f"{figure.__name__}.png", image.getbuffer()))
-    return paths
+    title = "; ".join(sorted({f"{run['dataset']}, {run['arch']}{part(run)}" for run in runs}))
+    figures = {figure.__name__: figure(runs, title) for figure in FIGURES}
+    figures |= {f"trajectory_{path.parent.name}": plane(load_json(path)) for path in trajectories}
+    return [write_atomically(directory / f"{name}.{kind}", image(fig, kind)) for name, fig in figures.items() if fig]
 
 
 def main(args):
@@ -309,7 +438,11 @@ def main(args):
     if args.csv:
         write_atomically(Path(args.csv), comma_separated(runs).encode())
     if args.figures:
-        for path in draw(runs, Path(args.figures)):
+        trajectories = sorted(path for top in args.directories for path in Path(top).rglob("trajectory.json"))
+        for path in [path for path in trajectories if "losses" not in load_json(path)]:
+            print(f"not drawn: {path} holds no losses; trajectory.py of this version writes them")
+            trajectories.remove(path)
+        for path in draw(runs, Path(args.figures), args.format, trajectories):
             print(f"figure: {path}")
 
 

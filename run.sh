@@ -9,6 +9,8 @@
 # ./run.sh table-cifar10, table-cifar100, table-noise, table-dims, table-basis, table-sampling
 #                   the tables, into SAVE_ROOT/SCALE/tables; SCALE=full (or cpu), SEEDS="1 2 3", SAVE_ROOT=runs
 # ./run.sh trajectory   how far SGD strays from the subspace, the paths over the loss surface; likewise
+# ./run.sh evidence  all of these in order of interest, LIMIT=560 seconds of them: status 75 says that there is more to
+#                   do, and the same command goes on; 0 that all is done. SEEDS="1 2 3", SCALE, SAVE_ROOT as above
 # ./run.sh test     the test suite; further arguments go to pytest
 # ./run.sh lint     ruff
 # NPROC=N (or NPROC=gpu, all visible GPUs) trains with that many processes on this machine, through torchrun; FLAGS are
@@ -159,9 +161,13 @@ begin() {
     common=(--datasets "$dataset" --arch "$arch" "${part[@]}" --corrupt "$noise" --randomseed "$seed")
 }
 
+# whether the driver need not start a stage to hear that it has nothing to do: that takes seconds for each
+finished() { [[ -n ${driven:-} && -f $1 ]]; }
+
 # leaf NAME SCRIPT FLAG ...: one run of the table, skipped if it is finished
 leaf() {
     leaves+=("$group/$1")
+    ! finished "$group/$1"/*_summary.json || return 0
     case $2 in
         train_sgd.py) stage "$2" "${common[@]}" "${@:3}" --save-dir "$group/$1" ;;
         *) stage "$2" "${common[@]}" --save-dir "$group/sgd" --output-dir "$group/$1" --params_start 0 "${@:3}" ;;
@@ -238,23 +244,26 @@ table_sampling() { # where the window ends, how dense it is
         leaf "psgd_second_k$k" train_psgd.py --params_end "$window" --params_step 2 --n_components "$k" --lr 1 "${psgd[@]}"
         leaf "sgd_twice" train_sgd.py --lr 0.1 "${sgd[@]}" --samples-per-epoch "$samples"
         leaves+=("$group/psgd_twice_k$k") # a window of the same epochs, twice as dense
-        stage train_psgd.py "${common[@]}" --save-dir "$group/sgd_twice" --output-dir "$group/psgd_twice_k$k" \
+        finished "$group/psgd_twice_k$k/psgd_summary.json" || stage train_psgd.py "${common[@]}" \
+            --save-dir "$group/sgd_twice" --output-dir "$group/psgd_twice_k$k" \
             --params_start 0 --params_end "$((samples * (window - 1) + 1))" --n_components "$k" --lr 1 "${psgd[@]}"
     done
 }
 
-trajectory() { # how far SGD strays from the subspace, and all three paths over the loss surface
+table_trajectory() { # how far SGD strays from the subspace, and all three paths over the loss surface
     for seed in ${SEEDS:-1}; do
         begin "$seed" 0
         sample
         in_psgd "k$k" --n_components "$k"
         in_pbfgs "k$k" --n_components "$k"
-        stage trajectory.py "${common[@]}" --save-dir "$group/sgd" --params_end "$window" --n_components "$k" \
+        finished "$group/trajectory.json" || stage trajectory.py "${common[@]}" \
+            --save-dir "$group/sgd" --params_end "$window" --n_components "$k" \
             --runs "$group/psgd_k$k" "$group/pbfgs_k$k" --json "$group/trajectory.json" --figure "$group/trajectory.png"
     done
-    publish trajectory
     for seed in ${SEEDS:-1}; do
-        cp "$root/${dataset}_${arch}_c0_seed$seed"/trajectory.* "$root/tables/trajectory/${dataset}_${arch}_c0_seed$seed"
+        leaf=${dataset}_${arch}_c0_seed$seed
+        mkdir -p "$root/tables/trajectory/$leaf"
+        cp "$root/$leaf/trajectory.json" "$root/tables/trajectory/$leaf"
     done
 }
 
@@ -264,23 +273,64 @@ cifar100_scale() {
     arch=resnet32 sgd=(--epochs 200) adam=("${sgd[@]}") window=101
 }
 
+# recipe NAME: a table from its runs to its files
+recipe() {
+    scale
+    case $1 in
+        cifar10) table_methods ;;
+        cifar100) cifar100_scale; table_methods ;;
+        noise | dims | basis | sampling | trajectory) "table_$1" ;;
+        *) echo "run.sh: error: there is no table-$1" >&2; exit 2 ;;
+    esac
+    publish "$1"
+}
+
+# every table, those with a figure on record first and for the first seed before the others
+tables() {
+    local seeds=${SEEDS:-1 2 3} driven=1 done first="cifar10 cifar100 noise" table SEEDS
+    for SEEDS in "${seeds%% *}" "$seeds"; do
+        for table in $first; do
+            scale
+            done=$root/tables/finished
+            if grep -qxsF "$table $SEEDS" "$done"; then continue; fi
+            echo "== $table, seeds $SEEDS"
+            recipe "$table"
+            echo "$table $SEEDS" >>"$done"
+        done
+        first+=" basis dims sampling trajectory"
+    done
+}
+
+# the tables for LIMIT seconds at most; the script at work then saves a checkpoint
+evidence() {
+    local child status=0 up=
+    [[ ${FORCE:-0} != 1 ]] || { echo "run.sh: error: FORCE=1 would start evidence over at each call" >&2; exit 2; }
+    [[ ${LIMIT:=560} =~ ^[1-9][0-9]*$ ]] || { echo "run.sh: error: LIMIT is a number of seconds" >&2; exit 2; }
+    ./run.sh tables &
+    child=$!
+    trap 'kill -TERM $child' TERM HUP INT # a child in the background does not get Ctrl-C
+    while kill -0 "$child" 2>/dev/null; do
+        sleep 1 || true
+        if [[ -z $up ]] && ((SECONDS >= LIMIT)); then up=1; kill -TERM "$child" 2>/dev/null || true; fi
+    done
+    wait "$child" || status=$?
+    ((status == 0)) && echo "run.sh: all tables are done" && return
+    if [[ -n $up && $status == 143 ]]; then
+        echo "run.sh: time is up; call it again to go on"
+        exit 75
+    fi
+    exit "$status"
+}
+
 runtime="torch, torchvision, numpy, sklearn, matplotlib, tqdm"
 case ${1:-demo} in
     demo) environment requirements.txt "$runtime"; demo ;;
     cifar100) environment requirements.txt "$runtime"; zoo ;;
     imagenet | finetune) environment requirements.txt "$runtime"; "$1" ;;
-    trajectory) environment requirements.txt "$runtime"; scale; trajectory ;;
-    table-*) environment requirements.txt "$runtime"; scale
-        case $1 in
-            table-cifar10) table_methods ;;
-            table-cifar100) cifar100_scale; table_methods ;;
-            table-noise) table_noise ;;
-            table-dims) table_dims ;;
-            table-basis) table_basis ;;
-            table-sampling) table_sampling ;;
-            *) echo "run.sh: error: there is no $1" >&2; exit 2 ;;
-        esac
-        publish "${1#table-}" ;;
+    trajectory) environment requirements.txt "$runtime"; recipe trajectory ;;
+    table-*) environment requirements.txt "$runtime"; recipe "${1#table-}" ;;
+    tables) environment requirements.txt "$runtime"; tables ;;
+    evidence) evidence ;;
     quick) environment requirements.txt "$runtime"; quick ;;
     test) environment requirements-dev.txt "$runtime, pytest, hypothesis"; exec "$python" -m pytest "${@:2}" ;;
     lint) environment requirements-dev.txt "ruff"; exec "$python" -m ruff check . ;;

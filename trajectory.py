@@ -4,15 +4,14 @@ Reads the snapshots of --save-dir (all that there are), takes the basis of the w
 measures for each snapshot its distance from the starting point and from the subspace. The last snapshot is also
 projected into the subspace and evaluated there: with the batch-norm statistics it had, and with those of the projected
 network.
---figure draws the distances, and the loss over the first two components with the paths of SGD and of the P-SGD and
-P-BFGS runs in --runs (their logs hold theta).
+It also measures the loss over the first two components, and the paths there of SGD and of the P-SGD and P-BFGS runs in
+--runs (their logs hold theta). --figure draws it all; from the file of --json, report.py draws it again.
 
 Example:
   python trajectory.py --datasets digits --arch resnet8 --save-dir runs/quick --params_end 46 --n_components 15 \
       --runs runs/quick --json runs/quick/trajectory.json --figure runs/quick/trajectory.png
 """
 import argparse
-import io
 import json
 from itertools import count
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 import datasets
 import models
 import utils
-from report import STYLES
+from report import image, plane
 from runs import command_line, git_revision, hardware, load_json, save_json, versions, write_atomically
 from subspace import flat_parameters, frozen_statistics, load_window, pca_basis, read_snapshot, snapshot_paths
 
@@ -119,23 +118,20 @@ def main(args):
           f"({100 * outside / far:.0f}%)")
     print(f"test accuracy: {accuracy['last_snapshot']:.2f}%; projected {accuracy['projected']:.2f}%, with its own "
           f"batch-norm statistics {accuracy['projected_own_statistics']:.2f}%")
+    lines = {"sgd": [[theta[:2].tolist() for theta in path]]}
+    for method in ("psgd", "pbfgs"):
+        lines[method] = [read_path(file) for directory in args.runs
+                         for file in sorted(Path(directory).rglob(f"{method}_log.jsonl"))]
+    xy = torch.tensor([point for group in lines.values() for line in group for point in line])
+    margin = 0.15 * (xy.amax(0) - xy.amin(0)) + 1e-6
+    axes = [torch.linspace(float(xy[:, i].min() - margin[i]), float(xy[:, i].max() + margin[i]), GRID) for i in (0, 1)]
+    losses = surface(model, w, start + P.T @ path[-1], P, [axis + float(P[i] @ start) for i, axis in enumerate(axes)],
+                     held(data.train.epoch(0), args.samples))
+    result |= {"paths": lines, "axes": [axis.tolist() for axis in axes], "losses": losses.tolist()}
     if args.json:
         save_json(Path(args.json), result)
     if args.figure:
-        lines = {"sgd": [[theta[:2].tolist() for theta in path]]}
-        for method in ("psgd", "pbfgs"):
-            lines[method] = [read_path(file) for directory in args.runs
-                             for file in sorted(Path(directory).rglob(f"{method}_log.jsonl"))]
-        xy = torch.tensor([point for group in lines.values() for line in group for point in line])
-        margin = 0.15 * (xy.amax(0) - xy.amin(0)) + 1e-6
-        axes = [torch.linspace(float(xy[:, i].min() - margin[i]), float(xy[:, i].max() + margin[i]), GRID)
-                for i in (0, 1)]
-        batches = held(data.train.epoch(0), args.samples)
-        losses = surface(model, w, start + P.T @ path[-1], P, [axis + float(P[i] @ start) for i, axis in
-                                                               enumerate(axes)], batches)
-        image = io.BytesIO()
-        draw(result, lines, axes, losses).savefig(image, dpi=150, format="png", metadata={"Software": None})
-        write_atomically(Path(args.figure), image.getbuffer())
+        write_atomically(Path(args.figure), image(plane(result)))
         print(f"figure: {args.figure}")
     return result
 
@@ -158,32 +154,6 @@ def held(batches, samples):
         if total >= samples:
             break
     return kept
-
-
-def draw(result, lines, axes, losses):
-    """Distances against snapshot; the loss surface (contours of its logarithm) with the paths over it."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
-
-    fig = Figure(figsize=(9, 3.8), layout="constrained")
-    fig.suptitle(f"{result['args']['datasets']}, {result['args']['arch']}", fontsize=10)
-    distance, plane = fig.subplots(1, 2)
-    first, last = result["snapshots"]
-    for key, text, colour in (("distance_from_start", "from the start", "#000000"),
-                              ("distance_from_subspace", "from the subspace", "#D55E00")):
-        distance.plot(range(first, last + 1), result[key], color=colour, label=text)
-    distance.axvspan(first, result["args"]["params_end"] - 1, alpha=0.1, color="#009E73", label="window of the basis")
-    distance.set(xlabel="snapshot of SGD", ylabel="distance (Euclidean)")
-    distance.legend(frameon=False, fontsize=8)
-    shown = plane.contourf(*axes, losses.clamp(min=1e-6), levels=20, locator=LogLocator(base=1.25), cmap="Greys_r")
-    fig.colorbar(shown, ax=plane, label="training loss", format="%.2g")
-    for method, group in lines.items():
-        for i, line in enumerate(group):
-            plane.plot(*zip(*line, strict=True), color=STYLES[method][1], marker=".", markersize=4, linewidth=1,
-                       label=None if i else STYLES[method][0])
-    plane.set(xlabel="component 1", ylabel="component 2")
-    plane.legend(fontsize=8)
-    return fig
 
 
 if __name__ == "__main__":

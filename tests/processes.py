@@ -2,6 +2,7 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 
@@ -37,14 +38,22 @@ def as_rank(rank, n, port, output, function, args):
     os._exit(status)
 
 
+def keep_store(pipe):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    signal.pause()
+
+
 class Processes:
     """n processes that each call function(*args); what they print is in .out(rank) and .err(rank)."""
 
     def __init__(self, n, directory, function, *args):
         self.output = directory / f"processes{n}"
-        # as torchrun does, which outlives the processes
-        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        port = self.store.port
+        # torchrun holds the store, and outlives its processes; not here, since a fork must not meet the store's threads
+        ours, theirs = fork.Pipe()
+        self.store = fork.Process(target=keep_store, args=(theirs,), daemon=True)
+        self.store.start()
+        port = ours.recv()
         self.members = [fork.Process(target=as_rank, args=(rank, n, port, self.output, function, args))
                         for rank in range(n)]
         for member in self.members:
@@ -57,6 +66,8 @@ class Processes:
             if member.is_alive():
                 member.kill()
                 member.join()
+        self.store.kill()
+        self.store.join()
         return [member.exitcode for member in self.members]
 
     def out(self, rank):

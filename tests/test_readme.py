@@ -1,10 +1,12 @@
 """The README names every flag that there is and no other, and its tables are those of the runs in results/."""
 import re
 
+import matplotlib
 import pytest
 import test_fuzz
 import test_resume
 from conftest import ROOT
+from matplotlib.image import imread
 from test_zoo import on_meta
 
 import models.__main__
@@ -61,8 +63,45 @@ def test_table_of_networks():
     assert models.__main__.table() in README
 
 
-@pytest.mark.parametrize("directory", ["digits-quick", "cifar10-tenth", "cifar100-zoo"])
+TABLES = [path.parent.name for path in sorted((ROOT / "results").glob("*/runs.csv"))]
+
+
+@pytest.mark.parametrize("directory", [*TABLES, "cifar100-zoo"])
 def test_tables_are_those_of_the_runs(directory):
-    table = report.table(report.find_runs([ROOT / "results" / directory]))
+    runs = report.find_runs([ROOT / "results" / directory])
+    table = report.table(runs)
     assert (ROOT / "results" / directory / "table.md").read_text() == table
-    assert table in README or directory == "cifar100-zoo"  # two epochs are no result
+    if directory != "cifar100-zoo":  # two epochs are no result
+        assert (ROOT / "results" / directory / "runs.csv").read_text() == report.comma_separated(runs)
+    if directory in ("digits-quick", "cifar10-cpu"):
+        assert table in README
+
+
+@pytest.mark.parametrize("directory", TABLES)
+def test_figures_are_those_of_the_runs(directory, tmp_path):
+    """The same pixels, from the same version of matplotlib."""
+    pinned = re.search(r"matplotlib==(\S+)", (ROOT / "requirements.txt").read_text())[1]
+    if matplotlib.__version__ != pinned:
+        pytest.skip(f"drawn with matplotlib {pinned}, this is {matplotlib.__version__}")
+    report.main(report.parse_args([str(ROOT / "results" / directory), "--figures", str(tmp_path)]))
+    committed = sorted((ROOT / "results" / directory).glob("*.png"))
+    assert committed and [path.name for path in committed] == sorted(path.name for path in tmp_path.iterdir())
+    for path in committed:
+        assert (imread(path) == imread(tmp_path / path.name)).all(), path.name
+
+
+def test_results_are_small_and_without_weights():
+    files = [path for path in (ROOT / "results").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 5e6 and not {path.suffix for path in files} & {".pt", ".npz"}
+
+
+def test_every_target_is_compared():
+    """Each line of results/targets.json has its figure in results/README.md, and describes a run that can be made."""
+    page = (ROOT / "results" / "README.md").read_text()
+    targets = report.load_json(report.TARGETS)["targets"]
+    assert len(targets) > 60
+    for target in targets:
+        assert f"{target['last']:.2f}" in page or f"{target['last']:g}" in page
+        script = {"SGD": train_sgd, "P-SGD": train_psgd, "P-BFGS": train_pbfgs}[target["label"]]
+        known = vars(script.parse_args(["--save-dir", "x"]))
+        assert not set(target) - set(known) - {"table", "source", "label", "dataset", "last", "best"}

@@ -105,3 +105,44 @@ def test_damaged_files_are_named(runs, tmp_path):
     (copy / "psgd_log.jsonl").write_text("{")
     with pytest.raises(InputError, match="psgd_log.jsonl"):
         report.find_runs([copy])
+
+
+def test_targets_are_compared_with_the_very_setting_only(runs):
+    """T1's P-SGD by hand; any other setting, and any part of the data set, has no target."""
+    psgd = next(run for run in report.find_runs([runs]) if run["method"] == "psgd")
+    args = {**psgd["args"], "arch": "resnet20", "smalldatasets": None, "epochs": 40, "lr": 1.0, "batch_size": 128,
+            "params_start": 0, "params_end": 81, "params_step": 1, "n_components": 40}
+
+    def run(accuracy, seed=1, **changed):
+        made = {**args, "randomseed": seed, **changed}
+        return {**psgd, "dataset": "CIFAR10", "arch": made["arch"], "epochs": made["epochs"], "corrupt": 0.0,
+                "n_components": made["n_components"], "seed": seed, "test_accuracy_last": accuracy, "args": made}
+
+    assert report.compared([run(92.0)]) == ("91.95 [A]", "+0.05 (one seed)")
+    assert report.compared([run(91.9), run(92.2, 2)]) == ("91.95 [A]", "+0.10")  # 92.05 ± 0.21
+    assert report.compared([run(90.9), run(91.1, 2)]) == ("91.95 [A]", "-0.95 (beyond the spread)")
+    assert report.compared([run(91.0, n_components=25)]) == ("91.77 [B]", "-0.77 (one seed)")
+    for changed in ({"smalldatasets": 0.2}, {"epochs": 30}, {"params_end": 71}, {"arch": "resnet32"}, {"lr": 0.5},
+                    {"basis": "random"}, {"n_components": 39}):
+        assert report.compared([run(92.0, **changed)]) == ("-", "-")
+    rows = report.table([run(91.0), run(92.0, n_components=3), run(90.0, 2)])
+    assert "| -1.45 (beyond the spread) |" in rows and rows.count("\n") == 4
+
+
+def test_rows_ascend_as_numbers(runs, tmp_path):
+    """k = 3 comes before 20 and SGD before all, whatever the directories are called."""
+    for i, k in enumerate((20, 3, 15)):
+        shutil.copytree(runs, tmp_path / f"{i}")
+        path = tmp_path / f"{i}" / "psgd_summary.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "n_components": k}))
+    found = report.find_runs([tmp_path])
+    assert [(report.label(run), run["n_components"]) for run in found] == [("SGD", None)] * 3 + [
+        ("P-SGD", k) for k in (3, 15, 20)]
+
+
+def test_svg_is_the_same_every_time(runs, tmp_path):
+    drawn = []
+    for _ in range(2):
+        report.main(report.parse_args([str(runs), "--figures", str(tmp_path), "--format", "svg"]))
+        drawn.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    assert drawn[0] == drawn[1] and set(drawn[0]) == {"accuracy.svg", "variance.svg"}

@@ -203,6 +203,51 @@ def test_trajectory_draws_the_runs_it_made(shell, tmp_path):
         train_sgd.parse_args(calls[0][1:]).save_dir, 15, 21)
 
 
+def test_driver_runs_all_tables_once_and_stops_in_time(tmp_path):
+    """A stub that takes its time in one stage and saves nothing when it is stopped: the next call goes on there."""
+    stub, calls = tmp_path / "python", tmp_path / "calls"
+    stub.write_text(f"""#!/bin/bash
+        [[ $1 == -c ]] && exit 0
+        echo "${{@:2}}" >> {shlex.quote(str(calls))}
+        trap 'echo stopped; exit 143' TERM
+        [[ $* != *"$SLOW"* ]] || for i in {{1..200}}; do sleep 0.05; done
+        [[ $* != *"$FAIL"* ]] || exit 7
+        name=${{2#train_}}
+        while (($# > 1)); do
+            [[ $1 != --output-dir && $1 != --save-dir ]] || out=$2; [[ $1 != --json ]] || touch "$2"; shift
+        done
+        [[ -z $out || $name == trajectory.py ]] || {{
+            mkdir -p "$out"; touch "$out/${{name%.py}}_summary.json" "$out/${{name%.py}}_log.jsonl"; }}
+    """)
+    stub.chmod(0o755)
+
+    def drive(slow="none", fail="none", **more):
+        calls.unlink(missing_ok=True)
+        env = {k: v for k, v in os.environ.items() if k != "FORCE"} | {
+            "PYTHON": str(stub), "SAVE_ROOT": str(tmp_path / "runs"), "SCALE": "cpu", "SEEDS": "1 2", "SLOW": slow,
+            "FAIL": fail, "LIMIT": "60"} | more
+        done = subprocess.run([ROOT / "run.sh", "evidence"], env=env, capture_output=True, text=True, timeout=100)
+        return done, calls.read_text().splitlines() if calls.exists() else []
+
+    done, first = drive(slow="--optimizer adam", LIMIT="2")
+    assert done.returncode == 75 and "stopped" in done.stdout and "call it again" in done.stdout
+    assert [call.split()[0] for call in first] == ["train_sgd.py", "train_sgd.py"]
+    done, failed = drive(fail="train_pbfgs.py")
+    assert done.returncode == 7 and failed[0] == first[1] and failed[-1].startswith("train_pbfgs.py")
+    done, rest = drive()
+    assert done.returncode == 0 and rest[0] == failed[-1]
+    runs = [call for call in first[:1] + failed[:-1] + rest if call.startswith("train_")]
+    assert len(runs) == len(set(runs))  # nothing twice
+    reports = [call.split()[1].rsplit("/", 1)[1] for call in rest if call.startswith("report.py")]
+    assert reports == ["cifar10", "cifar100", "noise", "cifar10", "cifar100", "noise", "basis", "dims", "sampling",
+                       "trajectory"]
+    assert not any("randomseed 2" in call for call in rest[: next(
+        i for i, call in enumerate(rest) if call.startswith("report.py") and "noise" in call.split()[1])])
+    assert len(list((tmp_path / "runs/cpu/tables/trajectory").rglob("trajectory.json"))) == 2
+    assert drive()[1] == []
+    assert drive(FORCE="1")[0].returncode == drive(LIMIT="soon")[0].returncode == 2
+
+
 def test_a_table_that_does_not_exist(shell):
     assert shell("table-imagenet") == (2, []) and shell("table-noise", SCALE="huge") == (2, [])
 
