@@ -86,6 +86,7 @@ def main(args):
                   f"{point['bytes_whole'] / 1e6:.0f}, {point['bytes_sharded'] / 1e6:.0f} | {m['all-reduce']:.4f} | "
                   f"{m['reduce-scatter']:.4f} | {m['all-gather']:.4f} |", flush=True)
     if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         runs.save_json(Path(args.json), {"points": points, "command": runs.command_line(), "versions": runs.versions(),
                                          "hardware": runs.hardware(device), "git_revision": runs.git_revision()})
 

@@ -54,10 +54,10 @@ def test_plan_by_hand(scale):
     assert plan["step_network_s"] == pytest.approx(4 * 63 / 64 * (2e9 + 80) / 50e9)
     assert plan["step_memory_s"] == pytest.approx((8 * 40 * 15_625_000 + 32e9) / 3.35e12)
     assert plan["passes_s"] == pytest.approx(6e9 * 8192 / (989e12 * 0.4))
-    assert plan["host_bytes"] == 8e9
+    assert plan["host_bytes"] == 4e9
     loaded = scale.plan(10**9, 81, 40, 256, b=2, host=host)
     assert loaded["loaded"] and loaded["files_checked"] == 81 and loaded["basis_read"] == loaded["basis_io_s"] == 0
-    assert loaded["check_read"] == 32 * 162e9 and loaded["host_bytes"] == 4e9 + 4 * 81 * 3_906_250
+    assert loaded["check_read"] == 32 * 162e9 and loaded["host_bytes"] == 2e9 + 4 * 81 * 3_906_250
 
 
 def test_predictions_by_hand(scale):
@@ -70,8 +70,8 @@ def test_predictions_by_hand(scale):
     assert expected["check"] == pytest.approx(5 * (0.004 + 0.002 + 0.001 + 0.001))
     assert expected["reading"] == pytest.approx([0.02 + 4 * 5 / 100, 0.002 + 4 * 5 / 100])
     assert expected["arithmetic"] == pytest.approx([0.05 + 0.005, 0.01 + 0.005 + 0.008])
-    assert expected["check_bytes"] == 5 + 8_000 + 8_000
-    assert expected["basis_bytes"] == 7 + 8_000 + 2 * 4 * 5 * 300 + 3 * 2**23
+    assert expected["check_bytes"] == 5 + 4_000
+    assert expected["basis_bytes"] == 7 + 8_000 + 4 * 5 * 300 + 3 * 2**23
     assert scale.predicted(row, one | {"cache_available": 27_000})["reading"][1] == pytest.approx(0.02 + 0.2)
 
 
