@@ -202,6 +202,7 @@ def pca_basis(window: Tensor | SnapshotFiles, k: int, chunk_bytes: int | None = 
     for part in differences(window, chunk_bytes):
         X = part.double()
         gram += X @ X.T
+    del part  # with it goes the block that it is in
     if sharded:
         distributed.total(gram)
     centre = torch.eye(n, dtype=torch.float64) - 1 / n

@@ -103,7 +103,8 @@ def outcome(script, argv):
 
 @often(COMMAND_LINES)
 def test_command_lines(sampled, tmp_path, n):
-    places = {"SAMPLED": sampled, "NEW": tmp_path / "new", "FILE": tmp_path / "file", "BAD": tmp_path / "bad"}
+    copy = shutil.copytree(sampled, tmp_path / "sampled")  # some of the lines write there
+    places = {"SAMPLED": copy, "NEW": tmp_path / "new", "FILE": tmp_path / "file", "BAD": tmp_path / "bad"}
     places["FILE"].write_text("in the way")
     places["BAD"].mkdir()
     (places["BAD"] / "cifar10.npz").write_bytes(b"PK\x03\x04 not really")
