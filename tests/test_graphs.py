@@ -119,7 +119,7 @@ def test_convolutions_without_tf32_are_exact_on_cuda(tmp_path):
     exact = torch.nn.functional.conv2d(x.double(), weight.double())
     A = torch.randn(40, 100_000)
     for choice, bound in (("off", 5e-5), ("on", 1e-2)):
-        utils.set_up(Namespace(deterministic=False, conv_tf32=choice, randomseed=1, device="cuda"))
+        utils.set_up(Namespace(deterministic=False, conv_tf32=choice, randomseed=1, device="cuda", timeout=600))
         error = (torch.nn.functional.conv2d(x.cuda(), weight.cuda()).cpu() - exact).abs().max() / exact.abs().max()
         assert error < bound
         product = (A.cuda() @ A.T.cuda()).cpu().double() - A.double() @ A.double().T
