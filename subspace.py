@@ -114,6 +114,7 @@ class SnapshotFiles:
         """The `columns` of the flat parameters `names`, in blocks of about a quarter of `memory` bytes."""
         for path in paths:
             if not zipfile.is_zipfile(path):
+                load_file(path, "snapshot")  # a truncated file says so
                 raise InputError(f"{path} is in torch's older format, which cannot be read in parts; raise "
                                  "--basis-memory, so that the window is loaded, or save it again")
         self.paths, self.names, self.columns, self.device = paths, names, columns, device

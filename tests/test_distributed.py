@@ -165,6 +165,9 @@ def test_a_damaged_file_of_a_streamed_window_is_named(sampled, tmp_path):
         load_window(snapshot_paths(tmp_path, range(3)), model, memory=10**5)
     with pytest.raises(utils.InputError, match=r"3\.pt.*--basis-memory"):
         load_window([tmp_path / "0.pt", tmp_path / "3.pt"], model, memory=10**5)
+    (tmp_path / "4.pt").write_bytes((sampled / "4.pt").read_bytes()[:5000])
+    with pytest.raises(utils.InputError, match=r"4\.pt cannot be read.*truncated"):
+        load_window([tmp_path / "0.pt", tmp_path / "4.pt"], model, memory=10**5)
 
 
 @pytest.mark.parametrize(("samples", "batch"), [(431, 64), (10, 4), (7, 7)])
