@@ -76,8 +76,9 @@ def from_args(args, classes, device):
 def get_model(arch, num_classes, dataset="CIFAR10", pretrained=None):
     """A new network (on the CPU, drawn from torch's global generator): images -> (N, num_classes) logits.
 
-    `pretrained` is the path of a state dict to start from, or True for torchvision's default weights (ImageNet's 1000
-    classes only). Raises InputError for an unknown name, or for weights that do not exist, fit or cannot be had.
+    `pretrained` is the path of a state dict to start from, or True for torchvision's first weights, which the official
+    release took (IMAGENET1K_V1; ImageNet's 1000 classes only). Raises InputError for an unknown name, or for weights
+    that do not exist, fit or cannot be downloaded.
     """
     if pretrained and pretrained is not True:
         model, state = get_model(arch, num_classes, dataset), load_file(pretrained, "state dict (--pretrained)")
@@ -94,7 +95,7 @@ def get_model(arch, num_classes, dataset="CIFAR10", pretrained=None):
     two_heads = arch in ("googlenet", "inception_v3")
     if not pretrained:
         # auxiliary heads would turn the training output into a tuple, and the method has one loss; init_weights is
-        # torchvision's own default, said aloud to silence its warning
+        # torchvision's own default, set explicitly to silence its warning
         options = {"aux_logits": False, "init_weights": True} if two_heads else {}
         return tv_models.get_model(arch, weights=None, num_classes=num_classes, **options)
     if two_heads:
@@ -104,9 +105,11 @@ def get_model(arch, num_classes, dataset="CIFAR10", pretrained=None):
     try:
         # torchvision itself would unpickle them freely, even from a cache that somebody else has written to
         with distributed.first_before_others():
-            weights = tv_models.get_model_weights(arch).DEFAULT.get_state_dict(weights_only=True, check_hash=True)
+            weights = tv_models.get_model_weights(arch)
+            weights = getattr(weights, "IMAGENET1K_V1", weights.DEFAULT)  # a few have later ones only
+            weights = weights.get_state_dict(weights_only=True, check_hash=True)
         model = tv_models.get_model(arch, weights=None)
         model.load_state_dict(weights)
         return model
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise InputError(f"--pretrained: the weights of {arch} could not be had ({error})") from error
+        raise InputError(f"--pretrained: the weights of {arch} could not be downloaded ({error})") from error

@@ -1,6 +1,8 @@
 """The CIFAR ResNets against the published parameter counts, and the registry."""
 import pytest
 import torch
+import torchvision.models as tv_models
+import torchvision.models._api as tv_api
 
 import models
 from utils import InputError
@@ -70,8 +72,6 @@ def test_pretrained_needs_the_weights_own_classes():
 
 
 def test_pretrained_weights_are_loaded_without_unpickling(monkeypatch):
-    import torchvision.models._api as tv_api
-
     wanted = models.get_model("squeezenet1_1", 1000, "ImageNet").state_dict()
     asked = {}
     monkeypatch.setattr(tv_api, "load_state_dict_from_url", lambda url, **options: asked.update(options) or wanted)
@@ -79,12 +79,23 @@ def test_pretrained_weights_are_loaded_without_unpickling(monkeypatch):
     assert asked == {"weights_only": True, "check_hash": True}
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
 
+
+@pytest.mark.parametrize("arch, first", [
+    ("resnet50", "IMAGENET1K_V1"),
+    ("vit_h_14", "IMAGENET1K_SWAG_E2E_V1"),  # there is no IMAGENET1K_V1
+])
+def test_pretrained_takes_the_first_weights(arch, first, monkeypatch):
+    """As the release; where the download fails, the error says of which weights."""
+    asked = []
+
     def unreachable(url, **options):
+        asked.append(url)
         raise OSError("no network")
 
     monkeypatch.setattr(tv_api, "load_state_dict_from_url", unreachable)
-    with pytest.raises(InputError, match="--pretrained: the weights of squeezenet1_1 could not be had .no network"):
-        models.get_model("squeezenet1_1", 1000, "ImageNet", pretrained=True)
+    with pytest.raises(InputError, match=f"--pretrained: the weights of {arch} could not be downloaded .no network"):
+        models.get_model(arch, 1000, "ImageNet", pretrained=True)
+    assert asked == [tv_models.get_model_weights(arch)[first].url]
 
 
 def test_registry_lists_what_it_builds():
