@@ -3,6 +3,22 @@
 from torch import nn
 
 
+class Residual(nn.Module):
+    """A branch plus a shortcut, by default the input itself: (N, c_in, H, W) -> the shape that both give."""
+
+    def __init__(self, branch, shortcut=None):
+        super().__init__()
+        self.branch, self.shortcut = branch, shortcut or nn.Identity()
+
+    def forward(self, x):
+        return self.branch(x) + self.shortcut(x)
+
+
+def preactivated(c_in, c_out, kernel=1, stride=1):
+    """Batch norm, ReLU and convolution: (N, c_in, H, W) -> (N, c_out, H / stride, W / stride)."""
+    return nn.BatchNorm2d(c_in), nn.ReLU(inplace=True), nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)
+
+
 class SqueezeExcitation(nn.Module):
     """Gates in (0, 1) for the channels, from their means (Hu et al., arXiv 1709.01507): (N, c, H, W) -> the same."""
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
+from models.blocks import Residual
+
 
 # The convolutions of a branch: for each (channels out, kernel, stride), then optionally (padding, groups).
 def basic(width, stride):
@@ -33,21 +35,31 @@ VARIANTS = {  # depth: branch, blocks per stage
 }
 
 
-class Block(nn.Module):
+def make_branch(c_in, convolutions, bias):
+    """The convolutions with batch norm, and ReLUs between: (N, c_in, H, W) -> (N, c_out, H / stride, W / stride)."""
+    channels = [c_in, *(c_out for c_out, *_ in convolutions)]
+    pairs = zip(channels, convolutions, strict=False)
+    branch = nn.Sequential(*(Conv2dNormActivation(c, *conv, bias=bias) for c, conv in pairs))
+    branch[-1].pop(-1)
+    return branch
+
+
+def make_shortcut(c_in, convolutions, bias):
+    """The input, or where the branch changes its shape a 1 x 1 convolution with batch norm: shapes as there."""
+    c_out, stride = convolutions[-1][0], math.prod(conv[2] for conv in convolutions)
+    if stride == 1 and c_in == c_out:
+        return nn.Identity()
+    return Conv2dNormActivation(c_in, c_out, 1, stride, activation_layer=None, bias=bias)
+
+
+class Block(Residual):
     """The ReLU of a branch plus a shortcut: (N, c_in, H, W) -> (N, c_out, H / stride, W / stride)."""
 
     def __init__(self, c_in, convolutions, bias=False):
-        super().__init__()
-        channels = [c_in, *(c_out for c_out, *_ in convolutions)]
-        layer = partial(Conv2dNormActivation, bias=bias)
-        self.branch = nn.Sequential(*(layer(c, *conv) for c, conv in zip(channels, convolutions, strict=False)))
-        self.branch[-1].pop(-1)  # its ReLU comes after the sum
-        stride = math.prod(conv[2] for conv in convolutions)
-        same = stride == 1 and c_in == channels[-1]
-        self.shortcut = nn.Identity() if same else layer(c_in, channels[-1], 1, stride, activation_layer=None)
+        super().__init__(make_branch(c_in, convolutions, bias), make_shortcut(c_in, convolutions, bias))
 
     def forward(self, x):
-        return F.relu(self.branch(x) + self.shortcut(x))
+        return F.relu(super().forward(x))
 
 
 class ResNet(nn.Module):

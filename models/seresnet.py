@@ -14,16 +14,24 @@ from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
 from models.blocks import SqueezeExcitation
-from models.resnet import VARIANTS, Block, ResNet
+from models.resnet import VARIANTS, ResNet, make_branch, make_shortcut
 
 
-class SEBlock(Block):
+class SEBlock(nn.Module):
     """A residual block with channel gates: (N, c_in, H, W) -> (N, c_out, H / stride, W / stride)."""
 
     def __init__(self, c_in, convolutions):
-        super().__init__(c_in, convolutions, bias=True)
+        super().__init__()
         c_out = convolutions[-1][0]
-        self.branch.extend([nn.ReLU(inplace=True), SqueezeExcitation(c_out, c_out // 16)])
+        self.branch = make_branch(c_in, convolutions, bias=True).append(nn.ReLU(inplace=True))
+        if len(convolutions) == 3:  # the release's order of parameters: in bottlenecks the gates come first
+            self.gates = SqueezeExcitation(c_out, c_out // 16)
+        self.shortcut = make_shortcut(c_in, convolutions, bias=True)
+        if len(convolutions) == 2:
+            self.gates = SqueezeExcitation(c_out, c_out // 16)
+
+    def forward(self, x):
+        return F.relu(self.gates(self.branch(x)) + self.shortcut(x))
 
 
 def seresnet(depth, num_classes):
