@@ -12,6 +12,8 @@ from functools import partial
 from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
+from models.blocks import Residual
+
 STAGES = [  # expansion, channels out, blocks, stride of the first
     (1, 16, 1, 1),
     (6, 24, 2, 2),
@@ -24,22 +26,16 @@ STAGES = [  # expansion, channels out, blocks, stride of the first
 conv = partial(Conv2dNormActivation, activation_layer=nn.ReLU6, bias=True)
 
 
-class InvertedResidual(nn.Module):
+def block(c_in, c_out, expansion, stride):
     """Expand, filter each channel, project, with a shortcut where shapes agree: (N, c_in, H, W) -> (N, c_out, H /
     stride, W / stride)."""
-
-    def __init__(self, c_in, c_out, expansion, stride):
-        super().__init__()
-        hidden = expansion * c_in
-        self.residual = nn.Sequential(
-            conv(c_in, hidden, 1),
-            conv(hidden, hidden, 3, stride, groups=hidden),
-            conv(hidden, c_out, 1, activation_layer=None),
-        )
-        self.shortcut = stride == 1 and c_in == c_out
-
-    def forward(self, x):
-        return x + self.residual(x) if self.shortcut else self.residual(x)
+    hidden = expansion * c_in
+    branch = nn.Sequential(
+        conv(c_in, hidden, 1),
+        conv(hidden, hidden, 3, stride, groups=hidden),
+        conv(hidden, c_out, 1, activation_layer=None),
+    )
+    return Residual(branch) if stride == 1 and c_in == c_out else branch
 
 
 class MobileNetV2(nn.Module):
@@ -51,7 +47,7 @@ class MobileNetV2(nn.Module):
         layers = [conv(3, c, 1, padding=1)]
         for expansion, c_out, blocks, stride in STAGES:
             for i in range(blocks):
-                layers.append(InvertedResidual(c, c_out, expansion, 1 if i else stride))
+                layers.append(block(c, c_out, expansion, 1 if i else stride))
                 c = c_out
         self.features = nn.Sequential(*layers, conv(c, 1280, 1))
         self.classifier = nn.Conv2d(1280, num_classes, 1)
