@@ -15,29 +15,33 @@ from torchvision.ops import Conv2dNormActivation
 
 def chain(c_in, *layers):
     """Layers in sequence: a tuple (channels, kernel size, stride=1, padding="same") makes a convolution with batch norm
-    and ReLU; any other module goes in as it is."""
+    and ReLU; a list makes branches; any other module goes in as it is."""
     modules = []
     for layer in layers:
         if isinstance(layer, tuple):
             layer, c_in = Conv2dNormActivation(c_in, *layer), layer[0]
+        elif isinstance(layer, list):
+            layer = Branches(c_in, *layer)
         modules.append(layer)
     return nn.Sequential(*modules)
 
 
 class Branches(nn.Module):
-    """Chains side by side, joined along the channels: (N, c_in, H, W) -> (N, sum of their channels, H', W')."""
+    """Chains side by side, joined along the channels, in `order` if it is not theirs: (N, c_in, H, W) -> (N, sum of
+    their channels, H', W')."""
 
-    def __init__(self, c_in, *branches):
+    def __init__(self, c_in, *branches, order=None):
         super().__init__()
         self.branches = nn.ModuleList(chain(c_in, *layers) for layers in branches)
+        self.order = order or range(len(branches))
 
     def forward(self, x):
-        return torch.cat([branch(x) for branch in self.branches], dim=1)
+        return torch.cat([self.branches[i](x) for i in self.order], dim=1)
 
 
-def fork(c_in, c_out):
+def fork(c):
     """The end of a branch that is widened instead of deepened: a row and a column of 3 pixels side by side."""
-    return Branches(c_in, [(c_out, (1, 3))], [(c_out, (3, 1))])
+    return [[(c, (1, 3))], [(c, (3, 1))]]
 
 
 def block5(c_in, c_pool):
@@ -68,25 +72,25 @@ def block3(c_in):
     return Branches(
         c_in,
         [(320, 1)],
-        [(384, 1), fork(384, 384)],
-        [(448, 1), (384, 3), fork(384, 384)],
+        [(384, 1), fork(384)],
+        [(448, 1), (384, 3), fork(384)],
         [nn.AvgPool2d(3, 1, 1), (192, 1)],
     )
 
 
 def inceptionv3(num_classes):
     """(N, 3, 32, 32) images -> (N, num_classes) logits."""
-    reduction1 = Branches(288, [(384, 3, 2, 0)], [(64, 1), (96, 3), (96, 3, 2, 0)], [nn.MaxPool2d(3, 2)])
-    reduction2 = Branches(
-        768,
-        [(192, 1), (320, 3, 2, 0)],
-        [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0)],
-        [nn.AvgPool2d(3, 2)],
-    )
     return nn.Sequential(
         chain(3, (32, 3), (32, 3), (64, 3), (80, 1), (192, 3, 1, 0)),
-        *(block5(192, 32), block5(256, 64), block5(288, 64), reduction1),
-        *(block7(128), block7(160), block7(160), block7(192), reduction2),
+        *(block5(192, 32), block5(256, 64), block5(288, 64)),
+        Branches(288, [(384, 3, 2, 0)], [(64, 1), (96, 3), (96, 3, 2, 0)], [nn.MaxPool2d(3, 2)]),
+        *(block7(128), block7(160), block7(160), block7(192)),
+        Branches(
+            768,
+            [(192, 1), (320, 3, 2, 0)],
+            [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0)],
+            [nn.AvgPool2d(3, 2)],
+        ),
         *(block3(1280), block3(2048)),
         *(nn.AdaptiveAvgPool2d(1), nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(2048, num_classes)),
     )
