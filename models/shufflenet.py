@@ -26,13 +26,15 @@ class Unit(nn.Module):
         super().__init__()
         hidden = c_out // 4
         self.pool = nn.AvgPool2d(3, stride, 1) if stride == 2 else None
-        c_new = c_out - c_in if self.pool else c_out
+        last = partial(conv, hidden, kernel_size=1, groups=GROUPS, activation_layer=None)
         self.branch = nn.Sequential(
             conv(c_in, hidden, 1, groups=GROUPS),
             nn.ChannelShuffle(GROUPS),
             conv(hidden, hidden, 3, stride, groups=hidden, activation_layer=None),
-            conv(hidden, c_new, 1, groups=GROUPS, activation_layer=None),
+            last(c_out),
         )
+        if self.pool:  # the release draws both, so the same seed gives the same initial values
+            self.branch[-1] = last(c_out - c_in)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x):

@@ -30,8 +30,8 @@ class Unit(nn.Module):
         half = c_out // 2
         self.split = stride == 1
         c = half if self.split else c_in
-        self.left = nn.Identity() if self.split else nn.Sequential(depthwise(c, stride), conv(c, half, 1))
         self.right = nn.Sequential(conv(c, c, 1), depthwise(c, stride), conv(c, half, 1))
+        self.left = nn.Identity() if self.split else nn.Sequential(depthwise(c, stride), conv(c, half, 1))
         self.shuffle = nn.ChannelShuffle(2)
 
     def forward(self, x):
