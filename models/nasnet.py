@@ -5,22 +5,21 @@ sees the outputs of the two cells before it; inside, five pairs of operations ar
 What differs from the ImageNet version: the stem is one 3 x 3 convolution with stride 1 and no reduction cells, so the
 stages work at 32, 16 and 8 pixels a side. There is no auxiliary classifier and no dropped path.
 
-Peculiarities of the official release: the pointwise convolutions have a bias, the depthwise ones too, but for the first
-of each pair in normal cells; so has the input's 1 x 1 convolution in reduction cells. Every cell has both a 1 x 1
-convolution and a factorised reduction for the output of the cell before last, where the paper has the one or the other
-by its resolution; here, so that all of them are trained, both are brought to the cell's resolution and summed.
+Peculiarities of the official release: the third sum of a normal cell adds the average of the last cell's output to that
+output (the paper to that of the cell before last); the pointwise convolutions have a bias, the depthwise ones too, but
+for the first of each pair in normal cells; so has the input's 1 x 1 convolution in reduction cells. Every cell has both
+a 1 x 1 convolution and a factorised reduction for the output of the cell before last, and uses at most one of them.
 
 Parameters for 10 / 100 classes: nasnet 5,126,494 / 5,221,624.
 """
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 # One row per sum: operation and input, twice. Inputs: 0 the cell before last, 1 the last cell, 2 ... the sums so far.
 NORMAL = (
     ("sep3", 1, "skip", 1),
     ("sep3", 0, "sep5", 1),
-    ("avg3", 1, "skip", 0),
+    ("avg3", 1, "skip", 1),
     ("avg3", 0, "avg3", 0),
     ("sep5", 0, "sep3", 0),
 )
@@ -52,20 +51,21 @@ def operation(name, c, stride, bias):
 
 
 class Fit(nn.Module):
-    """A 1 x 1 convolution plus a factorised reduction, both resized to `size`: (N, c_in, H, W) -> (N, c_out, *size)."""
+    """A factorised reduction to `size`, or at this size a 1 x 1 convolution, or with c_out channels too the input:
+    (N, c_in, H, W) -> (N, c_out, *size)."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.project = project(c_in, c_out)
         self.relu = nn.ReLU()
         self.even, self.odd = (nn.Sequential(nn.AvgPool2d(1, 2), nn.Conv2d(c_in, c_out // 2, 1)) for _ in range(2))
         self.bn = nn.BatchNorm2d(c_out)
+        self.project = project(c_in, c_out)
 
     def forward(self, x, size):
-        full = self.project(x)
-        x = self.relu(x)
-        half = self.bn(torch.cat([self.even(x), self.odd(x[:, :, 1:, 1:])], dim=1))
-        return F.interpolate(full, size) + F.interpolate(half, size)
+        if x.shape[2:] != size:
+            x = self.relu(x)
+            return self.bn(torch.cat([self.even(x), self.odd(x[:, :, 1:, 1:])], dim=1))
+        return self.project(x) if x.shape[1] != self.bn.num_features else x
 
 
 class Cell(nn.Module):
@@ -75,11 +75,12 @@ class Cell(nn.Module):
         super().__init__()
         self.reduction, self.rows = reduction, REDUCTION if reduction else NORMAL
         self.c_out = filters * (4 if reduction else 6)
-        self.before, self.last = Fit(c_before, filters), project(c_in, filters, bias=reduction)
+        self.last = project(c_in, filters, bias=reduction)
         self.operations = nn.ModuleList(
             operation(name, filters, stride=2 if reduction and source < 2 else 1, bias=reduction)
             for left, i, right, j in self.rows for name, source in ((left, i), (right, j))
         )
+        self.before = Fit(c_before, filters)
 
     def forward(self, before, last):
         states = [self.before(before, last.shape[2:]), self.last(last)]
@@ -90,6 +91,8 @@ class Cell(nn.Module):
 
 class NASNet(nn.Module):
     """(N, 3, 32, 32) images -> (N, num_classes) logits."""
+
+    unused_parameters = True  # in every `Fit`
 
     def __init__(self, num_classes):
         super().__init__()

@@ -1,10 +1,19 @@
-"""Every network for small images against the published facts: architectures.json lists, for 100 classes, the parameter
-count, the parameter shapes and the layers with how often each occurs."""
+"""Every network for small images against the published facts and the official release.
+
+architectures.json lists, for 100 classes, the parameter count, the parameter shapes and the layers with how often each
+occurs. zoo/ describes 47 networks of the release (nblt/DLDR, 4f1284e): zoo_reference.json.gz has the entries of each
+state dict in order, as [key, shape, kind] ("norm" stands for the five of a batch norm), and the scale of the weights
+that `fill` gives them; zoo_reference.npz the logits that follow; zoo_init.json.gz mean and standard deviation of each
+parameter as drawn with seed 1.
+"""
+import gzip
 import json
+import math
 from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,24 +21,65 @@ from torch import nn
 import models
 from subspace import ProjectedBFGS, ProjectedSGD, flat_parameters, frozen_statistics, pca_basis
 
-FACTS = json.loads((Path(__file__).parent / "architectures.json").read_text())
+HERE = Path(__file__).parent
+FACTS = json.loads((HERE / "architectures.json").read_text())
+REFERENCE, INITIAL = (json.loads(gzip.open(HERE / f"zoo/zoo_{n}.json.gz").read()) for n in ("reference", "init"))
+NORM = {"weight": "norm_weight", "bias": "bias", "running_mean": "running_mean", "running_var": "running_var"}
 # Their list of layers stops at the stem, the pooling and the classifier: the blocks were compiled.
 STEM_ONLY = [name for name in FACTS if name.startswith("stochasticdepth")]
 ACTIVATIONS = ("relu", "relu6", "sigmoid")
 SLOW = 15_000_000  # parameters from which the passes on real tensors are left to the `slow` tests
-BY_SIZE = [
-    pytest.param(name, marks=pytest.mark.slow) if facts["parameters"] > SLOW else name for name, facts in FACTS.items()
-]
+
+
+def by_size(names):
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=slow) if FACTS[name]["parameters"] > SLOW else name for name in names]
+
+
+BY_SIZE = by_size(FACTS)
 SMALLEST = [  # of each family
     min(set(family.MODELS) & set(FACTS), key=lambda name: FACTS[name]["parameters"], default=None)
     for family in models.FAMILIES
 ]
 
 
+def entries(name):
+    """[(key, shape, kind), ...] of the release's state dict, in order."""
+    for key, shape, kind in REFERENCE[name]["entries"]:
+        if kind == "norm":
+            yield from ((f"{key}.{leaf}", shape, kind) for leaf, kind in NORM.items())
+            yield f"{key}.num_batches_tracked", [], "counter"
+        else:
+            yield key, shape, kind
+
+
+def fill(model, name):
+    """Set the state dict to the values that the reference logits were computed with, a function of the position."""
+    for i, (tensor, (_, shape, kind)) in enumerate(zip(model.state_dict().values(), entries(name), strict=True)):
+        random = np.random.RandomState(1000 + i)
+        match kind:
+            case "weight":
+                scale = REFERENCE[name]["scale"] * math.sqrt(2 / math.prod(shape[1:]))
+                value = scale * random.standard_normal(shape)
+            case "norm_weight" | "running_var":
+                value = random.uniform(0.5, 1.5, shape)
+            case "bias" | "running_mean":
+                value = 0.1 * random.standard_normal(shape)
+            case "counter":
+                value = np.zeros(())
+        tensor.copy_(torch.from_numpy(np.asarray(value)))
+
+
+def unused(name):
+    """The release's keys of the modules that its forward pass leaves out."""
+    _, _, keys = REFERENCE.get(name, {"notes": ""})["notes"].partition("never used in the forward pass: ")
+    return tuple(f"{key}." for key in keys.split(", ") if key)
+
+
 @cache
-def on_meta(name):
+def on_meta(name, classes):
     with torch.device("meta"):
-        return models.get_model(name, 100)
+        return models.get_model(name, classes)
 
 
 def describe(module):
@@ -68,15 +118,15 @@ def test_every_published_name_is_here():
 
 @pytest.mark.parametrize("name", FACTS)
 def test_parameters_and_shapes(name):
-    shapes = Counter("x".join(map(str, p.shape)) for p in on_meta(name).parameters())
+    shapes = Counter("x".join(map(str, p.shape)) for p in on_meta(name, 100).parameters())
     assert shapes == Counter(FACTS[name]["shapes"])
-    assert sum(p.numel() for p in on_meta(name).parameters()) == FACTS[name]["parameters"]
+    assert sum(p.numel() for p in on_meta(name, 100).parameters()) == FACTS[name]["parameters"]
     assert shapes.total() == FACTS[name]["tensors"]
 
 
 @pytest.mark.parametrize("name", FACTS)
 def test_layers(name):
-    layers = Counter(filter(None, map(describe, on_meta(name).modules())))
+    layers = Counter(filter(None, map(describe, on_meta(name, 100).modules())))
     facts = Counter(FACTS[name]["layers"])
     if not any(activation in facts for activation in ACTIVATIONS):  # they were functions there
         layers = Counter({layer: count for layer, count in layers.items() if layer not in ACTIVATIONS})
@@ -91,9 +141,82 @@ def test_logits_have_one_row_per_image(name):
         assert model.eval()(torch.randn(3, 3, 32, 32)).shape == (3, 10)
 
 
+@pytest.mark.parametrize("name", REFERENCE)
+def test_entries_come_in_the_releases_order(name):
+    state = on_meta(name, REFERENCE[name]["classes"]).state_dict()
+    ours = [(key.rpartition(".")[2], list(value.shape)) for key, value in state.items()]
+    assert ours == [(key.rpartition(".")[2], shape) for key, shape, _ in entries(name)]
+
+
+@pytest.fixture(scope="module", params=by_size(REFERENCE))
+def network(request):
+    """(name, network with seed 1), built once for the two tests below, in their order."""
+    torch.manual_seed(1)
+    return request.param, models.get_model(request.param, REFERENCE[request.param]["classes"])
+
+
+def test_initial_values_are_the_releases(network):
+    """With the same seed the same values: mean and standard deviation agree to the six digits that the file has."""
+    name, model = network
+    for (key, p), official in zip(model.named_parameters(), INITIAL[name]["mean_std"], strict=True):
+        std, mean = torch.std_mean(p.detach().double(), correction=0)
+        assert (mean.item(), std.item()) == pytest.approx(official, rel=1e-5, abs=1e-5 * official[1]), key
+
+
+def test_logits_are_the_releases(network):
+    name, model = network
+    fill(model.double().eval(), name)
+    images = torch.from_numpy(np.random.RandomState(7).standard_normal((4, 3, 32, 32)))
+    with torch.inference_mode():
+        logits = model(images).numpy()
+    expected = np.load(HERE / "zoo/zoo_reference.npz")[f"{name}/logits"]
+    assert logits.shape == expected.shape and np.abs(logits - expected).max() < 1e-9 * np.abs(expected).max()
+
+
+def test_networks_with_unused_parameters_say_so():
+    """As DDP must know them; those of stochastic depth, unused at random, have `draws_on_host`."""
+    says = {n for n in REFERENCE if any(getattr(m, "unused_parameters", False) for m in on_meta(n, 100).modules())}
+    assert says == {name for name in REFERENCE if unused(name)} == {"nasnet", "attention56", "attention92"}
+
+
+@pytest.mark.parametrize("name", [name for name in REFERENCE if name.startswith("stochasticdepth")])
+def test_survival_is_the_releases(name):
+    survival = [f"{block.survival:.4f}" for block in on_meta(name, 100).blocks]
+    assert survival == REFERENCE[name]["notes"].partition(": ")[2].split()
+
+
+def test_stochastic_depth_draws_as_the_release():
+    """Each block draws from torch's global generator, the first one too; a dropped block runs its shortcut only."""
+    torch.manual_seed(0)
+    model, images = models.get_model("stochasticdepth18", 100).train(), torch.randn(2, 3, 32, 32)
+    torch.manual_seed(5)
+    survive = [bool(torch.bernoulli(torch.tensor(1 - 0.5 * i / 7))) for i in range(8)]
+    torch.manual_seed(5)
+    logits = model(images)
+    logits.square().sum().backward()
+    x = model.stem(images)
+    assert survive[0] and 3 < sum(survive) < 7
+    for block, survives in zip(model.blocks, survive, strict=True):
+        assert all((p.grad is not None) == survives for p in block.branch.parameters())
+        assert all(p.grad is not None for p in block.shortcut.parameters())
+        assert all(b.item() == survives for n, b in block.branch.named_buffers() if n.endswith("tracked"))
+        assert all(b.item() == 1 for n, b in block.shortcut.named_buffers() if n.endswith("tracked"))
+        x = block.shortcut(x) + (block.branch(x) if survives else 0)
+    torch.testing.assert_close(logits, model.classifier(model.pool(x).flatten(1)))
+
+
+def test_efficientnet_draws_for_its_dropout_only():
+    model = models.get_model("efficientnet", 100).train()
+    next(m for m in model.modules() if isinstance(m, nn.Dropout)).eval()
+    state = torch.get_rng_state()
+    model(torch.zeros(2, 3, 32, 32))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("name", BY_SIZE)
 def test_passes(name):
-    """A forward and backward pass in train mode with two images; evaluation depends on nothing random."""
+    """A forward and backward pass in train mode with two images leaves no gradient and no statistics just where the
+    release leaves none; evaluation depends on nothing random."""
     torch.manual_seed(0)
     model = models.get_model(name, 100)
     if name.startswith("stochasticdepth"):  # a dropped block rightly gets no gradient
@@ -104,8 +227,17 @@ def test_passes(name):
     logits = model.train()(images)
     assert logits.shape == (2, 100) and logits.isfinite().all()
     logits.square().sum().backward()
-    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert not silent
+    silent = {n for n, p in model.named_parameters() if p.grad is None}
+    passes = {n: b.item() for n, b in model.named_buffers() if n.endswith("num_batches_tracked")}
+    assert all(p.grad.isfinite().all() for n, p in model.named_parameters() if n not in silent)
+    if name in REFERENCE:
+        official = dict(zip(model.state_dict(), (key for key, *_ in entries(name)), strict=True))
+        assert silent == {n for n, _ in model.named_parameters() if official[n].startswith(unused(name))}
+        for n, count in passes.items():
+            twice = official[n].startswith("stage1.") and ".soft_resdown3." in official[n]
+            assert count == (0 if official[n].startswith(unused(name)) else 2 if twice else 1), n
+    else:
+        assert not silent and set(passes.values()) == {1}
     with torch.inference_mode():
         first, second = model.eval()(images), model(images)
     assert torch.equal(first, second) and first.isfinite().all()
