@@ -15,7 +15,6 @@ trajectory_* what trajectory.py measured in the directory of that name: distance
 Example:
   python report.py runs/quick --table runs/quick/table.md --figures runs/quick
 """
-import argparse
 import csv
 import io
 import json
@@ -24,7 +23,8 @@ from itertools import accumulate
 from pathlib import Path
 
 import utils
-from runs import HARMLESS, load_json, write_atomically
+from dldr.checkpoint import load_json, write_atomically
+from dldr.errors import UserError
 
 # method -> label and colour (Okabe and Ito's palette, safe for colour-blind readers)
 STYLES = {"sgd": ("SGD", "#000000"), "psgd": ("P-SGD", "#D55E00"), "pbfgs": ("P-BFGS", "#0072B2")}
@@ -35,15 +35,12 @@ TARGETS = Path(__file__).parent / "results" / "targets.json"
 
 
 def parse_args(argv=None):
-    description, example = __doc__.strip().split("\n\nExample", 1)
-    parser = utils.Parser(
-        description=description, epilog="example" + example, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = utils.Parser(__doc__)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="run directories, searched with all below them")
     parser.add_argument("--table", metavar="FILE", help="also write the Markdown table to this file")
     parser.add_argument("--csv", metavar="FILE", help="write one line per run, every number unrounded")
     parser.add_argument("--figures", metavar="DIR", help="draw the figures into this directory")
-    parser.add_argument("--format", choices=("png", "svg"), default="png", help="of the figures (default: png)")
+    parser.add_argument("--format", choices=("png", "svg"), default="png", help="of the figures")
     return parser.parse_args(argv)
 
 
@@ -58,9 +55,9 @@ def find_runs(directories):
                     lines = path.with_name(f"{method}_log.jsonl").read_text().splitlines()
                     runs.append({**summary, "directory": path.parent, "log": [json.loads(line) for line in lines]})
                 except (OSError, ValueError) as error:
-                    raise utils.InputError(f"{path} and its {method}_log.jsonl cannot be read: {error}") from error
+                    raise UserError(f"{path} and its {method}_log.jsonl cannot be read: {error}") from error
     if not runs:
-        raise utils.InputError(f"no *_summary.json below {' '.join(directories)}; a finished run writes one")
+        raise UserError(f"no *_summary.json below {' '.join(directories)}; a finished run writes one")
     return sorted(runs, key=order)
 
 
@@ -99,7 +96,8 @@ def label(run):
 
 def setting(run):
     """What a row is: everything that was chosen, but for the seed."""
-    args = {key: value for key, value in run["args"].items() if key not in {"randomseed", *HARMLESS}}
+    same = {"randomseed", "save_dir", *utils.changeable_flags()}
+    args = {key: value for key, value in run["args"].items() if key not in same}
     return json.dumps([run["method"], run["epochs"], args], sort_keys=True)
 
 

@@ -7,12 +7,9 @@ Writes psgd_args.json, psgd_log.jsonl, psgd_checkpoint.pt, psgd_final.pt and psg
 Example:
   python train_psgd.py --datasets CIFAR10 --arch resnet20 --params_end 81 --n_components 40 --save-dir save_resnet20
 """
-import datasets
-import graphs
-import models
-import runs
 import utils
-from subspace import ProjectedSGD, flat_parameters, load_window, make_basis, snapshot_paths
+from dldr import engine
+from dldr.subspace import ProjectedSGD
 
 
 def parse_args(argv=None):
@@ -21,37 +18,18 @@ def parse_args(argv=None):
     train.add_argument("--momentum", type=utils.nonnegative, default=0.9, metavar="M", help="momentum in the subspace")
     train.add_argument("--milestones", type=int, nargs="*", default=[30, 50], metavar="E",
                        help="epochs after which lr drops to a tenth")
-    utils.add_subspace_flags(parser)
     return utils.check_args(parser, parser.parse_args(argv))
 
 
-def main(args):
-    run = runs.Run("psgd", args)
-    paths = [] if args.evaluate else snapshot_paths(args.save_dir, utils.window_indices(args))
-    if (summary := run.finished(paths)) is not None:
-        return summary
-    device = utils.set_up(args)
-    if not args.evaluate:
-        run.take_directory()
-    with run.timer("load"):
-        data = datasets.from_args(args, device)
-        model = models.from_args(args, data.classes, device)
-        if args.evaluate:
-            return run.evaluate(model, data)
-        w = flat_parameters(model)
-        memory, sharded = utils.basis_storage(args, w.numel())
-        window = load_window(paths, model, device, memory=memory, sharded=sharded)
-    with run.timer("basis"):
-        P, explained = make_basis(window, args.n_components, args.basis, args.randomseed, sharded)
-    run.begin(data, w, snapshots=len(paths), explained=explained)
+def train(run, args, data, model):
+    P = utils.subspace(run, args, data, model)
+    psgd = ProjectedSGD(model, P, lr=args.lr, momentum=args.momentum)
+    loop = utils.make_loop(args, model, psgd)
+    return engine.fit(run, loop, data, schedule=utils.drops(args.milestones), progress=utils.progress_bar(args))
 
-    psgd = ProjectedSGD(w, P, lr=args.lr, momentum=args.momentum)
-    capture = graphs.capturer(args.cuda_graphs, model, device, args.datasets)
-    step = capture(psgd.step)
-    return utils.fit(run, model, w, data, passes=capture(utils.training_passes(model, args.half)),
-                     update=lambda *_: step(key=psgd.param_groups[0]["lr"]), algorithm=psgd,
-                     schedule=utils.multistep(args.lr, args.milestones), statistics=psgd.statistics,
-                     read_every=args.print_freq if device.type == "cuda" else 1)
+
+def main(args):
+    return utils.run_stage("psgd", args, train)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,15 @@ sgd_checkpoint.pt, sgd_final.pt and sgd_summary.json. train_pbfgs.py and train_p
 Example:
   python train_sgd.py --datasets CIFAR10 --arch resnet20 --epochs 150 --save-dir save_resnet20
 """
-import contextlib
-
 import torch
 
-import datasets
-import distributed
-import graphs
-import models
-import runs
 import utils
-from subspace import flat_parameters
+from dldr import distributed, engine
+from dldr.checkpoint import save_tensors
+from dldr.errors import NonFiniteLoss, UserError
+from dldr.subspace import flat_parameters
 
-# what is trained how, unless a flag says otherwise
+# defaults per data set
 DEFAULTS = {"epochs": 200, "batch_size": 128, "milestones": [100, 150], "samples_per_epoch": 1}
 RECIPES = {"CIFAR100": {"milestones": [150]},
            "ImageNet": {"epochs": 90, "batch_size": 256, "milestones": [30, 60], "samples_per_epoch": 6}}
@@ -28,7 +24,7 @@ def parse_args(argv=None):
     parser, train = utils.base_parser(
         __doc__, epochs=None, epochs_help="epochs in all (default: 200; ImageNet 90)", batch_size=None,
         batch_help="samples per mini-batch (default: 128; ImageNet 256)", lr=None,
-        lr_help="learning rate (default: 0.1 for sgd, 0.001 for adam)",
+        lr_help="learning rate (default: 0.1 for sgd, 0.001 for adam)", subspace=False,
     )
     train.add_argument("--optimizer", choices=("sgd", "adam"), default="sgd", help="optimiser")
     train.add_argument("--momentum", type=utils.nonnegative, default=0.9, metavar="M", help="momentum of sgd")
@@ -59,67 +55,60 @@ def sampling_iterations(iterations, samples):
     if samples == 1:
         return [iterations]
     if samples > iterations:
-        raise utils.InputError(f"--samples-per-epoch {samples}: an epoch has {iterations} iterations only")
+        raise UserError(f"--samples-per-epoch {samples}: an epoch has {iterations} iterations only")
     step = (iterations - 1) // (samples - 1)
     return [1 + j * step for j in range(samples)]
 
 
-def main(args):
-    run = runs.Run("sgd", args)
-    if (summary := run.finished()) is not None:
-        return summary
-    device = utils.set_up(args)
-    if not args.evaluate:
-        run.take_directory()
-    with run.timer("load"):
-        data = datasets.from_args(args, device)
-        model = models.from_args(args, data.classes, device)
-        if args.evaluate:
-            return run.evaluate(model, data)
-        w = flat_parameters(model)
+def make_optimizer(args, parameters):
+    """A parameter without gradient does not move, under weight decay either."""
+    cuda = parameters[0].is_cuda
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
+                                    foreach=cuda)
+    else:
+        optimizer = torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=cuda,
+                                     capturable=cuda)
 
+    @optimizer.register_load_state_dict_pre_hook
+    def keep_implementation(optimizer, state):
+        """A checkpoint from another device would restore that device's fused/capturable settings."""
+        for group in state["param_groups"]:
+            group.update({key: optimizer.defaults[key] for key in ("foreach", "fused", "capturable")
+                          if key in optimizer.defaults})
+
+    return optimizer
+
+
+def train(run, args, data, model):
+    w = flat_parameters(model)
     due = sampling_iterations(len(data.train), args.samples_per_epoch)
     snapshots = 1 + max(0, args.epochs - args.start_epoch) * len(due)
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     run.begin(data, w, snapshots=snapshots, writes=snapshots * size)
-    cuda = device.type == "cuda"
-    if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD([w], lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
-                                    fused=cuda)
-    else:
-        optimizer = torch.optim.Adam([w], lr=args.lr, weight_decay=args.weight_decay, capturable=cuda)
-
-    @optimizer.register_load_state_dict_pre_hook
-    def keep_implementation(optimizer, state):
-        """A checkpoint may come from another device, and would bring along which kernels suit that one."""
-        for group in state["param_groups"]:
-            group.update({key: optimizer.defaults[key] for key in ("fused", "capturable") if key in optimizer.defaults})
-
     parameters = {name for name, _ in model.named_parameters()}
 
     def save_snapshot(epoch, iteration):
         if iteration in due:
             state = model.state_dict()
-            finite = all(torch.isfinite(value).all() for value in state.values())  # losses may not have been read yet
-            if distributed.maximum(int(not finite)):
-                raise utils.NonFiniteLoss(f"the network is not finite after iteration {iteration}")
+            finite = all(torch.isfinite(value).all() for value in (w, *model.buffers()))  # losses may be read later
+            if distributed.all_reduce_max(int(not finite)):
+                raise NonFiniteLoss(f"the network is not finite after iteration {iteration}")
             if args.snapshot_dtype == "bfloat16":
                 state = {name: value.bfloat16() if name in parameters else value for name, value in state.items()}
-            index = epoch * len(due) + due.index(iteration) + 1
-            runs.save_tensors(run.directory / f"{index}.pt", state)
+            save_tensors(run.directory / f"{epoch * len(due) + due.index(iteration) + 1}.pt", state)
 
     if not run.has_checkpoint():
-        runs.save_tensors(run.directory / f"{args.start_epoch * len(due)}.pt", model.state_dict())
-    capture = graphs.capturer(args.cuda_graphs, model, device, args.datasets)
-    step = capture(optimizer.step)
-    network = distributed.data_parallel(model)
-    return utils.fit(
-        run, model, w, data, passes=capture(utils.training_passes(network, args.half)),
-        update=lambda *_: step(key=optimizer.param_groups[0]["lr"]), algorithm=optimizer,
-        read_every=args.print_freq if cuda else 1,
-        schedule=utils.multistep(args.lr, args.milestones, warm_up=args.arch in ("resnet110", "resnet1202")),
-        after_iteration=save_snapshot, no_sync=getattr(network, "no_sync", contextlib.nullcontext),
-    )
+        save_tensors(run.directory / f"{args.start_epoch * len(due)}.pt", model.state_dict())
+    optimizer = make_optimizer(args, list(model.parameters()))
+    loop = utils.make_loop(args, model, optimizer, distributed.data_parallel(model))
+    warm_up = args.arch in ("resnet110", "resnet1202")
+    return engine.fit(run, loop, data, schedule=utils.drops(args.milestones, warm_up), after_iteration=save_snapshot,
+                      progress=utils.progress_bar(args))
+
+
+def main(args):
+    return utils.run_stage("sgd", args, train)
 
 
 if __name__ == "__main__":

@@ -11,32 +11,31 @@ Example:
   python trajectory.py --datasets digits --arch resnet8 --save-dir runs/quick --params_end 46 --n_components 15 \
       --runs runs/quick --json runs/quick/trajectory.json --figure runs/quick/trajectory.png
 """
-import argparse
 import json
 from itertools import count
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import update_bn
 
-import datasets
 import models
 import utils
+from dldr import engine
+from dldr.checkpoint import command_line, load_json, provenance, save_json, write_atomically
+from dldr.errors import UserError
+from dldr.snapshots import load_window, read_snapshot, snapshot_paths
+from dldr.subspace import flat_parameters, pca_basis
 from report import image, plane
-from runs import command_line, git_revision, hardware, load_json, save_json, versions, write_atomically
-from subspace import flat_parameters, frozen_statistics, load_window, pca_basis, read_snapshot, snapshot_paths
 
 GRID = 25  # points a side of the loss surface
 
 
 def parse_args(argv=None):
-    description, example = __doc__.strip().split("\n\nExample", 1)
-    parser = utils.Parser(
-        description=description, epilog="example" + example, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = utils.Parser(__doc__)
     parser.add_argument("--runs", nargs="*", default=[], metavar="DIR", help="directories of P-SGD and P-BFGS runs")
     parser.add_argument("--samples", type=utils.count, default=2000, metavar="N",
-                        help="training samples of the loss surface (default: 2000)")
+                        help="training samples of the loss surface")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
     parser.add_argument("--figure", metavar="FILE", help="draw the figure to this file (.png)")
     parser.add_argument("--save-dir", required=True, metavar="DIR", help="where the snapshots lie")
@@ -47,28 +46,15 @@ def parse_args(argv=None):
                                 ("--params_end", utils.natural, 51), ("--params_step", utils.count, 1),
                                 ("--device", str, "auto")):
         parser.add_argument(flag, type=kind, default=default, metavar="X", help="as in train_psgd.py")
-    parser.set_defaults(workers=0, deterministic=False, conv_tf32="off", evaluate=False, timeout=600, sync_bn=False)
-    return utils.check_args(parser, parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    utils.check_names(parser, args)
+    utils.check_window(parser, args)
+    return args
 
 
 def flat(state, model):
-    """The parameters of a state dict as one vector (D,), on the CPU, in the order of `flat_parameters`."""
-    return torch.cat([state[name].reshape(-1).float() for name, _ in model.named_parameters()])
-
-
-@torch.no_grad()
-def refresh_statistics(model, batches):
-    """Batch norm's running statistics as the means over one pass."""
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean of the batches
-    model.train()
-    for x, _ in batches:
-        model(x)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    """The trainable parameters of a state dict as one vector (D,), on the CPU, in the order of `flat_parameters`."""
+    return torch.cat([state[name].reshape(-1).float() for name, p in model.named_parameters() if p.requires_grad])
 
 
 @torch.no_grad()
@@ -77,11 +63,10 @@ def surface(model, w, at, P, axes, batches):
     model.train()
     losses = torch.zeros(len(axes[1]), len(axes[0]), dtype=torch.float64)
     origin = at - P[:2].T @ (P[:2] @ at)  # the plane's point at coordinates 0, 0, but for where training starts
-    with frozen_statistics(model):
-        for i, b in enumerate(axes[1]):
-            for j, a in enumerate(axes[0]):
-                w.copy_(origin + a * P[0] + b * P[1])
-                losses[i, j] = sum(float(F.cross_entropy(model(x), y)) * len(y) for x, y in batches)
+    for i, b in enumerate(axes[1]):
+        for j, a in enumerate(axes[0]):
+            w.copy_(origin + a * P[0] + b * P[1])
+            losses[i, j] = sum(float(F.cross_entropy(model(x), y)) * len(y) for x, y in batches)
     return losses / sum(len(y) for _, y in batches)
 
 
@@ -89,8 +74,8 @@ def main(args):
     window = utils.window_indices(args)
     snapshot_paths(args.save_dir, window)
     last = next(i for i in count(args.params_start) if not (Path(args.save_dir) / f"{i + 1}.pt").is_file())
-    device = utils.set_up(args)
-    data = datasets.from_args(args, device)
+    device = utils.set_up(args.device, args.randomseed)
+    data = utils.load_data(args, device)
     model = models.get_model(args.arch, data.classes, args.datasets).to(device)
     P, explained = pca_basis(load_window(snapshot_paths(args.save_dir, window), model, device), args.n_components)
     w = flat_parameters(model)
@@ -98,21 +83,20 @@ def main(args):
 
     path, distances = [], []  # theta (k,) of each snapshot; how far it is from the start, and from the subspace
     for i in range(args.params_start, last + 1):
-        state = read_snapshot(Path(args.save_dir) / f"{i}.pt", model)
+        state, _ = read_snapshot(Path(args.save_dir) / f"{i}.pt", model)
         step = flat(state, model).to(device) - start
         path.append(P @ step)
         distances.append((float(step.norm()), float((step - P.T @ path[-1]).norm())))
     model.load_state_dict(state)
-    accuracy = {"last_snapshot": utils.evaluate(model, data.test.epoch(0))["accuracy"]}
+    accuracy = {"last_snapshot": engine.evaluate(model, data.test.epoch(0))["accuracy"]}
     w.copy_(start + P.T @ path[-1])
-    accuracy["projected"] = utils.evaluate(model, data.test.epoch(0))["accuracy"]
-    refresh_statistics(model, data.train.epoch(0))
-    accuracy["projected_own_statistics"] = utils.evaluate(model, data.test.epoch(0))["accuracy"]
+    accuracy["projected"] = engine.evaluate(model, data.test.epoch(0))["accuracy"]
+    update_bn(data.train.epoch(0), model)
+    accuracy["projected_own_statistics"] = engine.evaluate(model, data.test.epoch(0))["accuracy"]
 
     result = {"snapshots": [args.params_start, last], "explained_variance": sum(explained), "accuracy": accuracy,
               "distance_from_start": [d for d, _ in distances], "distance_from_subspace": [d for _, d in distances],
-              "args": vars(args), "command": command_line(), "versions": versions(), "hardware": hardware(device),
-              "git_revision": git_revision()}
+              "args": vars(args), "command": command_line(), **provenance(device)}
     far, outside = distances[-1]
     print(f"snapshot {last} is {far:.2f} from the start and {outside:.2f} from the {args.n_components} dimensions "
           f"({100 * outside / far:.0f}%)")
@@ -141,7 +125,7 @@ def read_path(file):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     if not all("theta" in line for line in lines) or load_json(file.with_name(file.name.replace(
             "_log.jsonl", "_args.json"))).get("args", {}).get("basis", "pca") != "pca":
-        raise utils.InputError(f"--runs: {file} has no theta in the principal directions")
+        raise UserError(f"--runs: {file} has no theta in the principal directions")
     return [[0.0, 0.0], *(line["theta"][:2] for line in lines)]
 
 

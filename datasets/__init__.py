@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import distributed
-from utils import InputError
+from dldr import distributed
+from dldr.errors import UserError
 
 # on a CPU activations of 128 images stay in the cache (1.17 times faster than 1000); a GPU wants to be filled
 EVALUATION_BATCH = {"cpu": 128, "cuda": 2000}
@@ -39,20 +39,20 @@ class Data(NamedTuple):
 
 
 def check_name(name):
-    """Raise InputError, with the closest names, unless `name` is a data set."""
+    """Raise UserError, with the closest names, unless `name` is a data set."""
     names = [*SOURCES, "ImageNet"]
     if name not in names:
         lower = {known.lower(): known for known in names}
         close = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=2, cutoff=0.5)]
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
-        raise InputError(f"--datasets: no data set {name!r}; {hint}")
+        raise UserError(f"--datasets: no data set {name!r}; {hint}")
 
 
 def load(name, root, *, batch_size, device, seed, corrupt=0.0, part=None, workers=4):
     """Data(classes, train, test) of data set `name` under directory `root`.
 
     `part` keeps the first int(part N) training samples; then the first int(corrupt n) labels of what is left are
-    redrawn (`noisy_labels`). Raises InputError for missing or malformed data.
+    redrawn (`noisy_labels`). Raises UserError for missing or malformed data.
     """
     check_name(name)
     if name == "ImageNet":
@@ -70,17 +70,11 @@ def load(name, root, *, batch_size, device, seed, corrupt=0.0, part=None, worker
     return Data(source.classes, train, test)
 
 
-def from_args(args, device):
-    """`load` with what the scripts' flags say."""
-    return load(args.datasets, args.data, batch_size=args.batch_size, device=device, seed=args.randomseed,
-                corrupt=args.corrupt, part=args.smalldatasets, workers=args.workers)
-
-
 def kept_samples(n, part):
     """How many of n training samples --smalldatasets keeps: int(part n)."""
     keep = n if part is None else int(part * n)
     if keep < 1:
-        raise InputError(f"--smalldatasets {part} of {n} training samples leaves none")
+        raise UserError(f"--smalldatasets {part} of {n} training samples leaves none")
     return keep
 
 
@@ -98,24 +92,25 @@ def batch_sizes(samples, batch_size):
 
 
 def shares(samples, batch_size, training):
-    """This process's part of each mini-batch of an epoch of `samples`, as ranges [(first, last), ...] of its order.
+    """This rank's part of each mini-batch of an epoch of `samples`, as ranges [(first, last), ...] of its order.
 
-    In training every process must have some of each; in evaluation mini-batches of which it has none are left out.
+    In training every rank must have some of each; in evaluation mini-batches of which it has none are left out.
     """
     ranges = [distributed.share(first, min(samples, first + batch_size)) for first in range(0, samples, batch_size)]
-    if training and samples and min(batch_size, (samples - 1) % batch_size + 1) < distributed.world():
-        raise InputError(f"--batch-size {batch_size}: the smallest mini-batch of {samples:,} samples is too small for "
-                         f"{distributed.world()} processes")
+    if training and samples and min(batch_size, (samples - 1) % batch_size + 1) < distributed.world_size():
+        raise UserError(f"--batch-size {batch_size}: the smallest mini-batch of {samples:,} samples is too small for "
+                         f"{distributed.world_size()} processes")
     return ranges if training else [(first, last) for first, last in ranges if first < last]
 
 
 class ImageBatches:
     """Batches of 32 x 32 images held on the device as uint8, normalised and, in training, augmented there.
 
-    epoch(e) yields x (B, 3, 32, 32) float32 in channels_last memory and y (B,) int64; the last batch may be smaller.
-    Of several processes each gets its part of every batch, cut from the same order; `sizes` are those of whole batches.
-    The augmentation has the law of torchvision's RandomHorizontalFlip, RandomCrop(32, padding=4), ToTensor and
-    Normalize: each sample draws a flip (p 1/2) and one of 9 x 9 windows of the zero-padded image.
+    epoch(e) yields x (B, 3, 32, 32) float32 in channels_last memory and y (B,) int64; the last batch may be
+    smaller.
+    Each rank gets its part of every batch, cut from the same order; `sizes` are those of whole batches.
+    The augmentation has the same distribution as torchvision's RandomHorizontalFlip, RandomCrop(32, padding=4),
+    ToTensor and Normalize: each sample draws a flip (p 1/2) and one of 9 x 9 windows of the zero-padded image.
     """
 
     PAD = 4
@@ -173,14 +168,14 @@ class ImageBatches:
 
 
 def check_arrays(arrays, classes, where):
-    """Raise InputError unless arrays are x_train, y_train, x_test, y_test of a 32 x 32 RGB data set."""
+    """Raise UserError unless arrays are x_train, y_train, x_test, y_test of a 32 x 32 RGB data set."""
     for images, labels, split in zip(arrays[::2], arrays[1::2], ("train", "test"), strict=True):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
-            raise InputError(f"{where}: x_{split} must be (N, 32, 32, 3) uint8, not {images.shape} {images.dtype}")
+            raise UserError(f"{where}: x_{split} must be (N, 32, 32, 3) uint8, not {images.shape} {images.dtype}")
         if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-            raise InputError(f"{where}: y_{split} must be ({len(images)},) integer, not {labels.shape} {labels.dtype}")
+            raise UserError(f"{where}: y_{split} must be ({len(images)},) integer, not {labels.shape} {labels.dtype}")
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
-            raise InputError(f"{where}: y_{split} must hold labels 0 to {classes - 1}")
+            raise UserError(f"{where}: y_{split} must hold labels 0 to {classes - 1}")
     return arrays
 
 
@@ -194,7 +189,7 @@ def read_cifar(classes):
                 with np.load(path, allow_pickle=False) as file:
                     arrays = [file[key] for key in ("x_train", "y_train", "x_test", "y_test")]
             except Exception as error:  # truncated, foreign, pickled, or without one of the arrays
-                raise InputError(f"{path} cannot be read as x_train, y_train, x_test, y_test: {error}") from error
+                raise UserError(f"{path} cannot be read as x_train, y_train, x_test, y_test: {error}") from error
             return check_arrays(arrays, classes, path)
         splits = download(f"CIFAR{classes}", root, f"or put {path} there (see the README, air-gapped use)")
         return [array for split in splits for array in (split.data, np.asarray(split.targets))]
@@ -221,10 +216,10 @@ def download(name, root, hint):
 
     quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
-        with quiet, distributed.first_before_others():  # a progress bar on a terminal only
+        with quiet, distributed.rank0_first():  # a progress bar on a terminal only
             return [getattr(tv_datasets, name)(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, a full disk, damaged files: torchvision has a type of its own for each
-        raise InputError(f"--data {root}: {name} is not there and could not be downloaded ({error}); {hint}") from error
+        raise UserError(f"--data {root}: {name} is not there and could not be downloaded ({error}); {hint}") from error
 
 
 def read_digits(root):

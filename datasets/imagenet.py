@@ -10,14 +10,14 @@ import torchvision.datasets as tv_datasets
 from torchvision.transforms import v2
 
 from datasets import IMAGENET_MEAN, IMAGENET_STD, Data, batch_sizes, kept_samples, noisy_labels, shares
-from utils import InputError
+from dldr.errors import UserError
 
 
 def load(root, *, batch_size, device, seed, corrupt=0.0, part=None, workers=4):
     """Data of the image folders under `root`; as many classes as train/ has folders. See `datasets.load`."""
     train, test = Folder(root, "train", TRAIN), Folder(root, "val", EVAL)
     if train.class_to_idx != test.class_to_idx:
-        raise InputError(f"--data {root}: train/ and val/ must have the same class folders")
+        raise UserError(f"--data {root}: train/ and val/ must have the same class folders")
     train.samples = train.samples[: kept_samples(len(train.samples), part)]
     labels = noisy_labels([label for _, label in train.samples], corrupt, len(train.classes), seed)
     train.samples = [(path, int(label)) for (path, _), label in zip(train.samples, labels, strict=True)]
@@ -44,7 +44,7 @@ class Folder(tv_datasets.ImageFolder):
         try:
             super().__init__(Path(root) / split, transform)
         except (OSError, FileNotFoundError) as error:
-            raise InputError(
+            raise UserError(
                 f"--data {root}: ImageNet needs class folders with images under {split}/ ({error})"
             ) from error
 
@@ -56,7 +56,7 @@ class Folder(tv_datasets.ImageFolder):
 
 
 class Order(torch.utils.data.Sampler):
-    """Mini-batches of pairs (index, draw), or of several processes this one's part of each mini-batch.
+    """Mini-batches of pairs (index, draw), or this rank's part of each.
 
     The epoch's order is a function of (seed, epoch), whatever the processes; without `shuffle` it is the files'.
     """
@@ -77,7 +77,7 @@ class Order(torch.utils.data.Sampler):
 
 
 def ignore_signals(worker):
-    """Ctrl-C goes to every process of a terminal: the main one decides, the workers end with it."""
+    """Only the main process handles signals."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -92,7 +92,7 @@ class FolderBatches:
         self.loader = torch.utils.data.DataLoader(
             folder, batch_sampler=self.order, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
             persistent_workers=workers > 0, worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # for seeds nobody uses: from the global one, dropout would feel the draws
+            generator=torch.Generator(),  # its own, so that seeding workers does not consume the global generator
         )
 
     def __len__(self):

@@ -1,74 +1,73 @@
 """Networks by name: our own for 32 x 32 images, torchvision's classification models for ImageNet.
 
-A new family is a file with a dict MODELS (name -> constructor taking num_classes), named in FAMILIES below.
+A new family is a file with a dict MODELS (name -> constructor taking num_classes), listed in FAMILIES below.
 """
 import difflib
+import importlib
 import pickle
 
 from torch import nn
 
-import distributed
-from models import (
-    attention,
-    densenet,
-    efficientnet,
-    googlenet,
-    inceptionv3,
-    inceptionv4,
-    mobilenet,
-    mobilenetv2,
-    nasnet,
-    preactresnet,
-    resnet,
-    resnet_cifar,
-    resnext,
-    seresnet,
-    shufflenet,
-    shufflenetv2,
-    squeezenet,
-    stochasticdepth,
-    vgg,
-    wideresnet,
-    xception,
-)
-from runs import load_file, load_model, without_prefixes
-from utils import InputError
+from dldr import distributed
+from dldr.checkpoint import load_file, load_function, load_model, without_prefixes
+from dldr.errors import UserError
 
-FAMILIES = (
-    resnet_cifar, vgg, densenet, googlenet, inceptionv3, inceptionv4, xception, resnet, preactresnet, resnext, seresnet,
-    wideresnet, stochasticdepth, squeezenet, mobilenet, mobilenetv2, shufflenet, shufflenetv2, efficientnet, nasnet,
-    attention,
-)
-SMALL = {name: constructor for family in FAMILIES for name, constructor in family.MODELS.items()}
-
-
-def by_family():
-    """The names for 32 x 32 images as one line of text, families apart."""
-    return "; ".join(" ".join(family.MODELS) for family in FAMILIES)
+FAMILIES = {  # file: its names; imported only when one of them is asked for
+    "resnet_cifar": "resnet8 resnet20 resnet32 resnet44 resnet56 resnet110 resnet1202",
+    "vgg": "vgg11 vgg13 vgg16 vgg19",
+    "densenet": "densenet121 densenet161 densenet169 densenet201",
+    "googlenet": "googlenet",
+    "inceptionv3": "inceptionv3",
+    "inceptionv4": "inceptionv4 inceptionresnetv2",
+    "xception": "xception",
+    "resnet": "resnet18 resnet34 resnet50 resnet101 resnet152",
+    "preactresnet": "preactresnet18 preactresnet34 preactresnet50 preactresnet101 preactresnet152",
+    "resnext": "resnext50 resnext101 resnext152",
+    "seresnet": "seresnet18 seresnet34 seresnet50 seresnet101 seresnet152",
+    "wideresnet": "wideresnet",
+    "stochasticdepth": "stochasticdepth18 stochasticdepth34 stochasticdepth50 stochasticdepth101",
+    "squeezenet": "squeezenet",
+    "mobilenet": "mobilenet",
+    "mobilenetv2": "mobilenetv2",
+    "shufflenet": "shufflenet",
+    "shufflenetv2": "shufflenetv2",
+    "efficientnet": "efficientnet",
+    "nasnet": "nasnet",
+    "attention": "attention56 attention92",
+}
 
 
 def list_models(dataset="CIFAR10"):
     """Names that `get_model` knows for `dataset`."""
     if dataset != "ImageNet":
-        return list(SMALL)
+        return [name for names in FAMILIES.values() for name in names.split()]
     import torchvision.models as tv_models
 
     return tv_models.list_models(module=tv_models)
 
 
 def check_name(arch, dataset="CIFAR10"):
-    """Raise InputError, with the closest names, unless `arch` exists for `dataset`."""
+    """Raise UserError, with the closest names, unless `arch` exists for `dataset` or is a FILE.py:FUNCTION."""
+    if ".py:" in arch:
+        return
     names = list_models(dataset)
     if arch not in names:
         close = difflib.get_close_matches(arch, names, n=4, cutoff=0.4)
         hint = f"; did you mean {', '.join(close)}?" if close else f"; there are {', '.join(names)}"
-        raise InputError(f"--arch: no network {arch!r} for {dataset}{hint}")
+        raise UserError(f"--arch: no network {arch!r} for {dataset}{hint}")
 
 
-def from_args(args, classes, device):
-    """`get_model` with what the scripts' flags say, on `device`."""
-    model = get_model(args.arch, classes, args.datasets, getattr(args, "pretrained", None))
-    if args.sync_bn and distributed.world() > 1:
+def constructor(arch):
+    """The function num_classes -> network of one of our own names, or of FILE.py:FUNCTION."""
+    if ".py:" in arch:
+        return load_function(arch, "--arch")
+    family = next(family for family, names in FAMILIES.items() if arch in names.split())
+    return importlib.import_module(f"models.{family}").MODELS[arch]
+
+
+def on_device(model, device, sync_bn=False):
+    """`model` on `device`, its batch norm synchronised over the ranks if so wanted."""
+    if sync_bn and distributed.world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(device)
 
@@ -77,7 +76,7 @@ def get_model(arch, num_classes, dataset="CIFAR10", pretrained=None):
     """A new network (on the CPU, drawn from torch's global generator): images -> (N, num_classes) logits.
 
     `pretrained` is the path of a state dict to start from, or True for torchvision's first weights, which the official
-    release took (IMAGENET1K_V1; ImageNet's 1000 classes only). Raises InputError for an unknown name, or for weights
+    release took (IMAGENET1K_V1; ImageNet's 1000 classes only). Raises UserError for an unknown name, or for weights
     that do not exist, fit or cannot be downloaded.
     """
     if pretrained and pretrained is not True:
@@ -85,10 +84,10 @@ def get_model(arch, num_classes, dataset="CIFAR10", pretrained=None):
         load_model(model, without_prefixes(state.get("model", state)), f"--pretrained {pretrained}")
         return model
     check_name(arch, dataset)
-    if dataset != "ImageNet":
+    if dataset != "ImageNet" or ".py:" in arch:
         if pretrained:
-            raise InputError(f"--pretrained: there are no weights for {arch} on {dataset}, only for ImageNet")
-        return SMALL[arch](num_classes=num_classes)
+            raise UserError(f"--pretrained: there are no weights for {arch} on {dataset}, only for ImageNet")
+        return constructor(arch)(num_classes=num_classes)
 
     import torchvision.models as tv_models
 
@@ -99,12 +98,12 @@ def get_model(arch, num_classes, dataset="CIFAR10", pretrained=None):
         options = {"aux_logits": False, "init_weights": True} if two_heads else {}
         return tv_models.get_model(arch, weights=None, num_classes=num_classes, **options)
     if two_heads:
-        raise InputError(f"--pretrained: the weights of {arch} want another normalisation of the images; not supported")
+        raise UserError(f"--pretrained: the weights of {arch} want another normalisation of the images; not supported")
     if num_classes != 1000:
-        raise InputError(f"--pretrained: torchvision's weights have 1000 classes, --data has {num_classes}")
+        raise UserError(f"--pretrained: torchvision's weights have 1000 classes, --data has {num_classes}")
     try:
         # torchvision itself would unpickle them freely, even from a cache that somebody else has written to
-        with distributed.first_before_others():
+        with distributed.rank0_first():
             weights = tv_models.get_model_weights(arch)
             weights = getattr(weights, "IMAGENET1K_V1", weights.DEFAULT)  # a few have later ones only
             weights = weights.get_state_dict(weights_only=True, check_hash=True)
@@ -112,4 +111,4 @@ def get_model(arch, num_classes, dataset="CIFAR10", pretrained=None):
         model.load_state_dict(weights)
         return model
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise InputError(f"--pretrained: the weights of {arch} could not be downloaded ({error})") from error
+        raise UserError(f"--pretrained: the weights of {arch} could not be downloaded ({error})") from error

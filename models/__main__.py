@@ -15,13 +15,13 @@ def row(name, family):
         model = models.get_model(name, 100).eval()
         model(torch.empty(1, 3, 32, 32))
     parameters = sum(p.numel() for p in model.parameters())
-    file = family.__name__.replace(".", "/") + ".py"
+    file = f"models/{family}.py"
     return f"| {name} | {parameters:,} | {counter.get_total_flops() / 2e6:,.0f} | [{file}]({file}) |"
 
 
 def table():
     lines = ["| network | parameters | multiply-adds (millions) | file |", "|---|--:|--:|---|"]
-    lines += [row(name, family) for family in models.FAMILIES for name in family.MODELS]
+    lines += [row(name, family) for family, names in models.FAMILIES.items() for name in names.split()]
     return "\n".join(lines) + "\n"
 
 
