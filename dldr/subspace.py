@@ -318,7 +318,7 @@ class ProjectedBFGS(ProjectedOptimizer):
             with torch.set_grad_enabled(calls_backward):
                 return evaluate()
 
-        self.search(float(loss), trial_loss, gradient.div_(len(closures)))
+        self.search(loss.item(), trial_loss, gradient.div_(len(closures)))
         return loss.detach()
 
     def direction(self, g: Tensor) -> tuple[Tensor, float]:
@@ -351,7 +351,7 @@ class ProjectedBFGS(ProjectedOptimizer):
 
         def loss_at(t):
             torch.add(self.before, direction, alpha=t, out=self.w)
-            loss = float(trial_loss())  # the one host synchronisation of a trial
+            loss = trial_loss().item()  # the one host synchronisation of a trial
             for module, name, buffer, value in buffers:  # batch-norm statistics and the like
                 module._buffers[name] = buffer.copy_(value)
             return loss

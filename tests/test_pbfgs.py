@@ -10,48 +10,49 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import DOUBLE, mlp, tensors
+from networks import DOUBLE, mlp, tensors, train
 from torch import nn
 
 import datasets
 import models
-import utils
-from subspace import ProjectedBFGS, armijo, bfgs_update, flat_parameters, frozen_statistics
+from dldr.engine import Loop
+from dldr.subspace import ProjectedBFGS, armijo, bfgs_update, flat_parameters
 
 # ------------------------------------------------------------------------------------------------------ helpers
 
 
-def train(model, w, pbfgs, batches, accumulate=1):
-    """One epoch, updating as train_pbfgs.py does; per iteration (w after it, Search, was the BFGS update skipped)."""
-    history = []
+def searched(model, pbfgs, batches, accumulate=1):
+    """One epoch of the scripts' loop; per step (w after it, Search, was the BFGS update skipped)."""
+    search, last = pbfgs.search, {}
 
-    def update(loss, x, y):
+    def recorded(*args):
         skipped = pbfgs.skipped
-        with frozen_statistics(model), torch.no_grad():
-            search = pbfgs.step(loss, lambda: F.cross_entropy(model(x), y))
-        history.append((w.clone(), search, pbfgs.skipped > skipped))
+        last.update(search=search(*args))
+        last.update(skipped=pbfgs.skipped > skipped)
 
-    utils.train_epoch(model, w, batches, utils.training_passes(model), update, accumulate=accumulate)
+    pbfgs.search = recorded
+    history = train(model, pbfgs, batches, accumulate, lambda w: (w, last["search"], last["skipped"]))
+    pbfgs.search = search
     return history
 
 
-def drive(w, pbfgs, objectives):
-    """ProjectedBFGS.step on a bare vector, one numpy objective per iteration; the same history as `train`."""
-    history = []
+def drive(pbfgs, objectives):
+    """ProjectedBFGS.search on a bare vector, one numpy objective per iteration; the same history as `searched`."""
+    w, history = pbfgs.w, []
     for objective in objectives:
         loss, grad = objective(w.numpy())
-        w.grad.copy_(torch.from_numpy(grad))
         skipped = pbfgs.skipped
-        search = pbfgs.step(loss, lambda objective=objective: torch.tensor(objective(w.numpy())[0], dtype=DOUBLE))
+        search = pbfgs.search(loss, lambda objective=objective: torch.tensor(objective(w.numpy())[0], dtype=DOUBLE),
+                              torch.from_numpy(grad))
         history.append((w.clone(), search, pbfgs.skipped > skipped))
     return history
 
 
 def vector(values):
-    """A flat parameter vector with a zero gradient."""
-    w = torch.tensor(values, dtype=DOUBLE)
-    w.grad = torch.zeros_like(w)
-    return w
+    """A model that is a vector of parameters, and these."""
+    model = nn.Module()
+    model.values = nn.Parameter(torch.tensor(values, dtype=DOUBLE))
+    return model, flat_parameters(model)
 
 
 def assert_same_history(history, expected, w0, rtol=1e-6):
@@ -87,12 +88,12 @@ def test_training_equals_the_oracle(batches, accumulate, alpha):
         assert batches % accumulate == 2 and any(not line.accepted for line in expected)
 
     model, w = mlp(w0)
-    pbfgs = ProjectedBFGS(w, torch.from_numpy(P), **options)
+    pbfgs = ProjectedBFGS(model, torch.from_numpy(P), **options)
     epochs = 3 if accumulate == 1 else 1  # groups do not cross epochs; B, g, s and v do
     history = []
     for epoch in range(epochs):
         part = slice(epoch * batches // epochs, (epoch + 1) * batches // epochs)
-        history += train(model, w, pbfgs, tensors(data[part]), accumulate)
+        history += searched(model, pbfgs, tensors(data[part]), accumulate)
     assert len(history) == math.ceil(batches / accumulate) >= 34
     assert_same_history(history, expected, w0)
 
@@ -114,10 +115,9 @@ def test_accumulation_works_on_the_batches_the_scripts_pass():
     """--accumulate with an epoch of a data set, a generator: 71 digits are 5 mini-batches and so 3 updates."""
     data = datasets.load("digits", "data", batch_size=16, device="cpu", seed=0, part=0.05)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
-    w = flat_parameters(model)
-    sizes = []
-    utils.train_epoch(model, w, data.train.epoch(0), utils.training_passes(model),
-                      lambda loss, x, y: sizes.append(len(y)), accumulate=2, iterations=len(data.train))
+    loop, sizes = Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), accumulate=2), []
+    loop.update = lambda x, y, size, loss: sizes.append(len(y))
+    loop.train_epoch(data.train.epoch(0), sizes=data.train.sizes)
     assert sizes == [16, 16, 7]
 
 
@@ -149,9 +149,9 @@ def test_failed_searches_take_the_last_tiny_step(max_trials, alpha):
     assert [line.accepted for line in expected] == [sign > 0 for sign in signs]
     assert [line.trials for line in expected if not line.accepted] == [max_trials] * 3
 
-    w = vector(w0)
-    pbfgs = ProjectedBFGS(w, torch.from_numpy(P), **options)
-    history = drive(w, pbfgs, objectives)
+    model, w = vector(w0)
+    pbfgs = ProjectedBFGS(model, torch.from_numpy(P), **options)
+    history = drive(pbfgs, objectives)
     # 0.4^29 d is 1e-11 long beside a w of length 10: what rounding leaves of such a step is 4 digits, hence rtol
     assert_same_history(history, expected, w0, rtol=1e-6 if max_trials == 20 or alpha else 1e-3)
     assert pbfgs.statistics()["failed_searches"] == 3
@@ -162,20 +162,20 @@ def test_failed_searches_take_the_last_tiny_step(max_trials, alpha):
 def test_the_update_after_a_failed_search_uses_the_step_really_taken():
     """The pair (s, y) after a failure has s = rho^19 d, read here off w itself: B y = s for the next B."""
     P, objectives = quadratics([1, -1, 1])
-    w = vector(np.zeros(8))
-    pbfgs = ProjectedBFGS(w, torch.from_numpy(P))
-    drive(w, pbfgs, objectives[:1])
-    before, B, g = w.numpy().copy(), pbfgs.B.numpy(), pbfgs.g.numpy()
+    model, w = vector(np.zeros(8))
+    pbfgs = ProjectedBFGS(model, torch.from_numpy(P))
+    drive(pbfgs, objectives[:1])
+    before, B, g = w.numpy().copy(), pbfgs.state["B"].numpy(), pbfgs.state["g"].numpy()
     _, g_wrong = objectives[1](before)
-    drive(w, pbfgs, objectives[1:2])
+    drive(pbfgs, objectives[1:2])
     s = P @ (w.numpy() - before)
     assert pbfgs.failed == 1
     # the whole direction -B g is 0.4^-19 times as long as the step taken along it
-    assert np.allclose(s / 0.4**19, -pbfgs.B.numpy() @ (P @ g_wrong), rtol=1e-6) and not np.allclose(B, pbfgs.B)
+    assert np.allclose(s / 0.4**19, -pbfgs.state["B"].numpy() @ (P @ g_wrong), rtol=1e-6) and not np.allclose(B, pbfgs.state["B"])
     y = P @ objectives[2](w.numpy())[1] - P @ g_wrong
     assert y @ s > 1e-20 and not np.allclose(g, P @ g_wrong)
-    drive(w, pbfgs, objectives[2:])
-    assert np.linalg.norm(pbfgs.B.numpy() @ y - s) <= 1e-5 * np.linalg.norm(s)  # 1e-16 |B| |y| / |s| is 1e-7
+    drive(pbfgs, objectives[2:])
+    assert np.linalg.norm(pbfgs.state["B"].numpy() @ y - s) <= 1e-5 * np.linalg.norm(s)  # 1e-16 |B| |y| / |s| is 1e-7
 
 
 @pytest.mark.parametrize(("alpha", "lr"), [(0.0, 1.0), (0.0, 2.5), (0.01, 2.5)])
@@ -184,8 +184,8 @@ def test_lr_is_the_first_trial_and_rho_and_sigma_are_heeded(alpha, lr):
     P, objectives = quadratics([1] * 8)
     options = {"lr": lr, "alpha": alpha, "rho": 0.7, "sigma": 0.1, "max_trials": 9, "gamma": 0.3}
     w0 = np.ones(8)
-    w = vector(w0)
-    history = drive(w, ProjectedBFGS(w, torch.from_numpy(P), **options), objectives)
+    model, w = vector(w0)
+    history = drive(ProjectedBFGS(model, torch.from_numpy(P), **options), objectives)
     assert history[0][1].t == pytest.approx(lr * 0.7 ** (history[0][1].trials - 1), rel=1e-12)
     assert any(search.trials > 1 for _, search, _ in history)
     assert_same_history(history, oracle.pbfgs(w0, P, objectives, **options), w0)
@@ -197,12 +197,12 @@ def test_updates_are_skipped_below_1e_20(curvature_along_s, skipped):
     P = np.eye(2, 3)
     w0 = np.array([0.6, 0.8, 0.0]) * np.sqrt(8 * curvature_along_s)
     objectives = [quadratic(np.full(3, 0.5), np.zeros(3))] * 2
-    w = vector(w0)
-    pbfgs = ProjectedBFGS(w, torch.from_numpy(P))
-    history = drive(w, pbfgs, objectives)
+    model, w = vector(w0)
+    pbfgs = ProjectedBFGS(model, torch.from_numpy(P))
+    history = drive(pbfgs, objectives)
     assert [search.trials for _, search, _ in history] == [1, 1]
     assert [was_skipped for *_, was_skipped in history] == [False, skipped]
-    assert torch.equal(pbfgs.B, torch.eye(2, dtype=DOUBLE)) == skipped
+    assert torch.equal(pbfgs.state["B"], torch.eye(2, dtype=DOUBLE)) == skipped
     assert_same_history(history, oracle.pbfgs(w0, P, objectives), w0)
 
 
@@ -218,8 +218,8 @@ def test_trials_without_a_finite_loss_are_rejected(bad):
         loss, grad = good(w)
         return (loss if np.abs(w).max() < 0.5 else bad), grad
 
-    w = vector(np.zeros(8))
-    history = drive(w, ProjectedBFGS(w, torch.from_numpy(P)), [objective])
+    model, w = vector(np.zeros(8))
+    history = drive(ProjectedBFGS(model, torch.from_numpy(P)), [objective])
     _, search, _ = history[0]
     assert search.trials > 3 and search.accepted and math.isfinite(search.loss)
     assert np.abs(w.numpy()).max() < 0.5 <= np.abs(w.numpy()).max() / 0.4  # w began at 0; / 0.4 was the trial before
@@ -234,13 +234,12 @@ def test_a_search_that_ends_without_a_finite_loss_raises_and_leaves_w(bad, finit
     Also where finite trials came before (too large to be accepted), since the last one is where the step would end.
     """
     P, objectives = quadratics([1, 1, 1])
-    w = vector(np.full(8, 1 / 3))
-    pbfgs = ProjectedBFGS(w, torch.from_numpy(P), alpha=0.1)
-    drive(w, pbfgs, objectives[:2])
+    model, w = vector(np.full(8, 1 / 3))
+    pbfgs = ProjectedBFGS(model, torch.from_numpy(P), alpha=0.1)
+    drive(pbfgs, objectives[:2])
     before = w.clone()
     loss, grad = objectives[2](w.numpy())
-    w.grad.copy_(torch.from_numpy(grad))
-    gradient = w.grad.clone()
+    gradient = torch.from_numpy(grad)
     trials = itertools.count()
     seen = []
 
@@ -249,9 +248,9 @@ def test_a_search_that_ends_without_a_finite_loss_raises_and_leaves_w(bad, finit
         return torch.tensor(1e30 if next(trials) < finite_trials else bad)
 
     with pytest.raises(FloatingPointError, match="20 trials"):
-        pbfgs.step(loss, trial_loss)
+        pbfgs.search(loss, trial_loss, gradient)
     assert len(seen) == 20 and not torch.equal(seen[-1], before)  # w did move in the search
-    assert torch.equal(w, before) and torch.equal(w.grad, gradient)
+    assert torch.equal(w, before)
     with pytest.raises(FloatingPointError):
         oracle.pbfgs(before.numpy(), P, [lambda w: (bad, grad)])
 
@@ -326,15 +325,6 @@ def test_armijo_asks_for_a_decrease_in_proportion_to_the_step():
     assert armijo(lambda t: 2.0, 1.0, -1.0, max_trials=30) == (0.4**29, 2.0, 30, False)
 
 
-def test_frozen_statistics_restores_what_it_found():
-    """After an exception too, and without switching on a layer that never tracked."""
-    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False))
-    with pytest.raises(KeyError), frozen_statistics(model):
-        assert not model[0].track_running_stats
-        raise KeyError
-    assert model[0].track_running_stats and not model[1].track_running_stats
-
-
 # ------------------------------------------------------------------------------------------------------ properties
 
 
@@ -345,8 +335,8 @@ def test_another_basis_of_the_same_span_gives_the_same_networks(alpha):
     runs = []
     for basis in (P, oracle.rotation(len(P)) @ P):
         model, w = mlp(w0)
-        pbfgs = ProjectedBFGS(w, torch.from_numpy(basis), lr=2.0, alpha=alpha)
-        runs.append(train(model, w, pbfgs, tensors(data[:30])))
+        pbfgs = ProjectedBFGS(model, torch.from_numpy(basis), lr=2.0, alpha=alpha)
+        runs.append(searched(model, pbfgs, tensors(data[:30])))
     assert any(search.trials > 1 for _, search, _ in runs[0])
     for (w, search, _), (w_rotated, search_rotated, _) in zip(*runs, strict=True):
         assert search.trials == search_rotated.trials
@@ -370,12 +360,10 @@ def resnet(batches, k=5, seed=0):
     w = flat_parameters(model)
     gradients = []
     for x, y in batches[:k]:
-        w.grad.zero_()
-        with frozen_statistics(model):
-            F.cross_entropy(model(x), y).backward()
-        gradients.append(w.grad.double())
+        other = copy.deepcopy(model)
+        gradient = torch.autograd.grad(F.cross_entropy(other(x), y), list(other.parameters()))
+        gradients.append(torch.cat([g.reshape(-1) for g in gradient]).double())
     P = torch.linalg.qr(torch.stack(gradients).T)[0].T.float().contiguous()
-    w.grad.zero_()
     return model, w, P
 
 
@@ -384,8 +372,8 @@ def test_a_network_in_float32_stays_in_the_subspace():
     batches = images(6)
     model, w, P = resnet(batches)
     start = w.double()
-    pbfgs = ProjectedBFGS(w, P, lr=1.0)
-    train(model, w, pbfgs, batches + batches)
+    pbfgs = ProjectedBFGS(model, P, lr=1.0)
+    searched(model, pbfgs, batches + batches)
     moved = w.double() - start
     basis = torch.linalg.qr(P.double().T)[0].T
     assert moved.norm() > 0.5
@@ -401,8 +389,8 @@ def test_batch_norm_statistics_are_those_of_the_first_forward(accumulate):
     untouched.train()
     for x, y in batches[:accumulate]:
         F.cross_entropy(untouched(x), y).backward()
-    pbfgs = ProjectedBFGS(w, P, lr=100.0)
-    ((_, search, _),) = train(model, w, pbfgs, batches[:accumulate], accumulate)
+    pbfgs = ProjectedBFGS(model, P, lr=100.0)
+    ((_, search, _),) = searched(model, pbfgs, batches[:accumulate], accumulate)
     assert search.trials > 1
     buffers = dict(model.named_buffers())
     assert len(buffers) == 3 * 7  # mean, variance and count of seven layers
@@ -415,28 +403,15 @@ def test_batch_norm_statistics_are_those_of_the_first_forward(accumulate):
     assert model.bn1.num_batches_tracked == accumulate + 1
 
 
-def test_trials_normalise_with_the_batch():
-    """Inside frozen_statistics a train-mode forward gives the logits it gives outside, not those of eval mode."""
-    batches = images(2)
-    model, w, P = resnet(batches, k=1)
-    x = batches[0][0]
-    model.train()
-    with torch.no_grad(), frozen_statistics(model):
-        logits = model(x)
-    with torch.no_grad():
-        assert torch.equal(logits, model(x))
-        assert not torch.allclose(logits, model.eval()(x), rtol=0.01)
-
-
 @pytest.mark.parametrize("alpha", [0.0, 0.1])
 def test_trials_build_no_autograd_graph_and_leave_the_gradient(alpha):
-    """step switches autograd off for trial_loss, on again behind it, and w.grad is the caller's."""
+    """`search` switches autograd off for trial_loss, on again behind it, and leaves the parameters' gradients."""
     w0, P, data = oracle.problem(1)
     model, w = mlp(w0)
     ((x, y),) = tensors(data)
     loss = F.cross_entropy(model(x), y)
     loss.backward()
-    gradient = w.grad.clone()
+    gradients = [p.grad.clone() for p in model.parameters()]
     seen = []
 
     def trial_loss():
@@ -444,12 +419,11 @@ def test_trials_build_no_autograd_graph_and_leave_the_gradient(alpha):
         seen.append((torch.is_grad_enabled(), value.requires_grad))
         return value
 
-    search = ProjectedBFGS(w, torch.from_numpy(P), lr=50.0, alpha=alpha).step(loss.item(), trial_loss)
+    search = ProjectedBFGS(model, torch.from_numpy(P), lr=50.0, alpha=alpha).search(loss.item(), trial_loss)
     assert search.trials == len(seen) > 1
     assert seen == [(False, False)] * len(seen)
     assert torch.is_grad_enabled()
-    assert torch.equal(w.grad, gradient)
-    assert all(p.grad.data_ptr() >= w.grad.data_ptr() for p in model.parameters())
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(model.parameters(), gradients, strict=True))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.05])
@@ -461,23 +435,23 @@ def test_the_state_continues_a_run_bitwise(alpha, first):
 
     def start():
         model, w = mlp(w0, torch.float32)
-        return model, w, ProjectedBFGS(w, P, lr=2.0, alpha=alpha)
+        return model, w, ProjectedBFGS(model, P, lr=2.0, alpha=alpha)
 
     model, w, pbfgs = start()
-    uninterrupted = train(model, w, pbfgs, batches)
+    uninterrupted = searched(model, pbfgs, batches)
 
     model, w, pbfgs = start()
     if first:
-        train(model, w, pbfgs, batches[:first])
+        searched(model, pbfgs, batches[:first])
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "algorithm": pbfgs.state_dict()}, file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
 
     model, w, pbfgs = start()
-    train(model, w, pbfgs, batches[::-1][:5])  # a state of its own, which must be gone
+    searched(model, pbfgs, batches[::-1][:5])  # a state of its own, which must be gone
     model.load_state_dict(state["model"])
     pbfgs.load_state_dict(state["algorithm"])
-    rest = train(model, w, pbfgs, batches[first:])
+    rest = searched(model, pbfgs, batches[first:])
     for (w, search, skipped), (w_whole, search_whole, skipped_whole) in zip(rest, uninterrupted[first:], strict=True):
         assert torch.equal(w, w_whole) and (search, skipped) == (search_whole, skipped_whole)

@@ -7,28 +7,14 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import mlp, tensors
+from networks import mlp, tensors, train
 
 import models
 import train_psgd
-import utils
-from subspace import ProjectedSGD, flat_parameters
-
-
-def train(model, w, step, batches, accumulate=1):
-    """One epoch, updating as train_psgd.py does; w after every iteration."""
-    history = []
-
-    def update(*_):
-        step()
-        history.append(w.clone())
-
-    utils.train_epoch(model, w, batches, utils.training_passes(model), update, accumulate=accumulate)
-    return history
+from dldr.subspace import ProjectedSGD, flat_parameters
 
 
 def set_lr(optimizer, lr):
-    """As utils.fit does at the start of an epoch."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -40,10 +26,10 @@ def test_equals_momentum_sgd_on_theta(momentum):
     rates = [1.0] * 20 + [0.1] * 20
     expected = oracle.psgd(w0, P, [oracle.mlp(*batch) for batch in data], lr=rates, momentum=momentum)
     model, w = mlp(w0)
-    psgd = ProjectedSGD(w, torch.from_numpy(P), lr=1.0, momentum=momentum)
-    history = train(model, w, psgd.step, tensors(data[:20]))
-    set_lr(psgd.optimizer, 0.1)
-    history += train(model, w, psgd.step, tensors(data[20:]))
+    psgd = ProjectedSGD(model, torch.from_numpy(P), lr=1.0, momentum=momentum)
+    history = train(model, psgd, tensors(data[:20]))
+    set_lr(psgd, 0.1)
+    history += train(model, psgd, tensors(data[20:]))
     for w, w_expected in zip(history, expected, strict=True):
         assert np.abs(w.numpy() - w_expected).max() < 1e-10
     # the drop, and the momentum, are no small matter here
@@ -58,21 +44,20 @@ def test_equals_sgd_on_all_parameters_with_the_projected_gradient():
     P, batches = torch.from_numpy(P), tensors(data)
 
     model, w = mlp(w0)
-    psgd = ProjectedSGD(w, P)
-    history = train(model, w, psgd.step, batches[:20])
-    set_lr(psgd.optimizer, 0.1)
-    history += train(model, w, psgd.step, batches[20:])
+    psgd = ProjectedSGD(model, P)
+    history = train(model, psgd, batches[:20])
+    set_lr(psgd, 0.1)
+    history += train(model, psgd, batches[20:])
 
     model, w = mlp(w0)
     optimizer = torch.optim.SGD([w], lr=1.0, momentum=0.9)
-
-    def project_and_step():
-        w.grad.copy_(P.T @ (P @ w.grad))
+    expected = []
+    for i, (x, y) in enumerate(batches):
+        set_lr(optimizer, 1.0 if i < 20 else 0.1)
+        gradients = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+        w.grad = P.T @ (P @ torch.cat([g.reshape(-1) for g in gradients]))
         optimizer.step()
-
-    expected = train(model, w, project_and_step, batches[:20])
-    set_lr(optimizer, 0.1)
-    expected += train(model, w, project_and_step, batches[20:])
+        expected.append(w.clone())
     for w, w_expected in zip(history, expected, strict=True):
         assert torch.allclose(w, w_expected, rtol=0, atol=1e-10)
     assert np.abs(w.numpy() - w0).max() > 0.1
@@ -88,7 +73,7 @@ def test_accumulation_averages_the_gradients_of_a_group():
 
     expected = oracle.psgd(w0, P, [mean(group) for group in oracle.groups(data, 3)])
     model, w = mlp(w0)
-    history = train(model, w, ProjectedSGD(w, torch.from_numpy(P)).step, tensors(data), accumulate=3)
+    history = train(model, ProjectedSGD(model, torch.from_numpy(P)), tensors(data), accumulate=3)
     assert len(history) == 4
     for w, w_expected in zip(history, expected, strict=True):
         assert np.abs(w.numpy() - w_expected).max() < 1e-10
@@ -100,7 +85,7 @@ def test_another_basis_of_the_same_span_gives_the_same_networks():
     runs = []
     for basis in (P, oracle.rotation(len(P)) @ P):
         model, w = mlp(w0)
-        runs.append(train(model, w, ProjectedSGD(w, torch.from_numpy(basis)).step, tensors(data)))
+        runs.append(train(model, ProjectedSGD(model, torch.from_numpy(basis)), tensors(data)))
     for w, w_rotated in zip(*runs, strict=True):
         assert torch.allclose(w, w_rotated, rtol=0, atol=1e-8)
     assert np.abs(w.numpy() - w0).max() > 0.1
@@ -114,12 +99,11 @@ def test_a_network_in_float32_stays_in_the_subspace():
     batches = [(torch.randn(16, 3, 32, 32), torch.randint(10, (16,))) for _ in range(5)]
     gradients = []
     for x, y in batches:
-        w.grad.zero_()
-        F.cross_entropy(model(x), y).backward()
-        gradients.append(w.grad.double())
+        gradient = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+        gradients.append(torch.cat([g.reshape(-1) for g in gradient]).double())
     P = torch.linalg.qr(torch.stack(gradients).T)[0].T.float().contiguous()
     start = w.double()
-    train(model, w, ProjectedSGD(w, P, lr=0.1).step, batches + batches)
+    train(model, ProjectedSGD(model, P, lr=0.1), batches + batches)
     moved = w.double() - start
     basis = torch.linalg.qr(P.double().T)[0].T
     assert moved.norm() > 0.5
@@ -134,24 +118,24 @@ def test_the_state_continues_a_run_bitwise(first):
 
     def start(w0, lr=1.0):
         model, w = mlp(w0, torch.float32)
-        return model, w, ProjectedSGD(w, P, lr=lr)
+        return model, w, ProjectedSGD(model, P, lr=lr)
 
     model, w, psgd = start(w0)
-    uninterrupted = train(model, w, psgd.step, batches)
+    uninterrupted = train(model, psgd, batches)
 
     model, w, psgd = start(w0)
     if first:
-        train(model, w, psgd.step, batches[:first])
+        train(model, psgd, batches[:first])
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "algorithm": psgd.state_dict()}, file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
 
     model, w, psgd = start(w0 + 1, lr=0.3)
-    train(model, w, psgd.step, batches[::-1][:5])  # a start, theta, velocity and lr of its own, which must be gone
+    train(model, psgd, batches[::-1][:5])  # a start, theta, velocity and lr of its own, which must be gone
     model.load_state_dict(state["model"])
     psgd.load_state_dict(state["algorithm"])
-    rest = train(model, w, psgd.step, batches[first:])
+    rest = train(model, psgd, batches[first:])
     for w, w_whole in zip(rest, uninterrupted[first:], strict=True):
         assert torch.equal(w, w_whole)
 

@@ -1,0 +1,18 @@
+"""The exceptions that end a run in one line instead of a traceback."""
+import signal
+
+
+class UserError(ValueError):
+    """A user error: the message is one line that names the flag or file and what to do."""
+
+
+class NonFiniteLoss(Exception):
+    """A loss became NaN or infinite; raised before the step that would have used it."""
+
+
+class Stopped(Exception):
+    """Raised after SIGINT or SIGTERM."""
+
+    def __init__(self, number, where=""):
+        super().__init__(f"stopped by {signal.Signals(number).name} {where}".strip())
+        self.number = number

@@ -1,0 +1,169 @@
+"""State-dict files as a snapshot matrix, in memory or streamed from disk, and the bases made from it."""
+import math
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dldr import distributed
+from dldr.checkpoint import load_file, without_prefixes
+from dldr.errors import UserError
+from dldr.subspace import pca_basis, trainable
+
+
+def snapshot_paths(directory: str | Path, indices: range) -> list[Path]:
+    """The snapshot files of a window; raises UserError that names the missing ones, as ranges."""
+    paths = [Path(directory) / f"{i}.pt" for i in indices]
+    missing = [i for i, path in zip(indices, paths, strict=True) if not path.is_file()]
+    if missing:
+        runs = []  # [first, last] of neighbours in the window
+        for i in missing:
+            if runs and i - runs[-1][1] == indices.step:
+                runs[-1][1] = i
+            else:
+                runs.append([i, i])
+        names = [f"{a}.pt" if a == b else f"{a}.pt ... {b}.pt" for a, b in runs[:100]]
+        raise UserError(f"{directory} lacks {len(missing)} of the {len(paths)} snapshots of the window: "
+                        f"{', '.join(names)}; train_sgd.py writes them")
+    return paths
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether all of x (N,) is finite; many times faster than torch.isfinite(x).all()."""
+    return x.numel() == 0 or bool(torch.stack(torch.aminmax(x.float())).isfinite().all())
+
+
+def matched(state: dict[str, Tensor], keys: list[str]) -> dict[str, Tensor]:
+    """`state` with the names `keys`, by position if it has others."""
+    state = without_prefixes(state)
+    return state if state.keys() == set(keys) else dict(zip(keys, state.values(), strict=True))
+
+
+def read_snapshot(path: Path, model: nn.Module, mmap: bool = False) -> tuple[dict[str, Tensor], bool]:
+    """A state dict that fits `model`, on the CPU (or, with `mmap`, in its file), from us or the official release.
+
+    Names that differ from the model's are matched by position, if all shapes agree in order; returns the state and
+    whether that was so. Raises UserError with file, tensor and reason for anything that does not fit.
+    """
+    state = load_file(path, "snapshot", mmap)
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"snapshot {path} is not a state dict of tensors")
+    state, expected = without_prefixes(state), model.state_dict()
+    by_position = state.keys() != expected.keys()
+    if by_position and [v.shape for v in state.values()] != [v.shape for v in expected.values()]:
+        name = min(state.keys() ^ expected.keys())
+        there, here = (tuple(d[name].shape) if name in d else "missing" for d in (state, expected))
+        raise UserError(f"snapshot {path} is of another network: {name} is {there}, in the network {here}")
+    state = matched(state, list(expected))
+    for name in expected:
+        if state[name].shape != expected[name].shape:
+            there, here = tuple(state[name].shape), tuple(expected[name].shape)
+            raise UserError(f"snapshot {path} is of another network or number of classes: {name} is {there}, the "
+                            f"network's {here}")
+        if state[name].layout != torch.strided or not all(
+                is_finite(part) for part in state[name].reshape(-1).split(2**22)):  # in parts, for little memory
+            raise UserError(f"snapshot {path}: {name} holds NaN or infinite values, or is no plain float32 tensor")
+    return state, by_position
+
+
+def flat_columns(values: list[Tensor], columns: slice) -> Tensor:
+    """The part `columns` of the vector (D,), float32, that the tensors `values` make up."""
+    parts, first = [], 0
+    for value in values:
+        low, high = max(0, columns.start - first), min(value.numel(), columns.stop - first)
+        if low < high:
+            parts.append(value.reshape(-1)[low:high].float())
+        first += value.numel()
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+class SnapshotFiles:
+    """Memory-mapped snapshot matrix (n, d), read in column blocks."""
+
+    def __init__(self, paths: list[Path], keys: list[str], names: list[str], columns: slice,
+                 device: torch.device | str, memory: int):
+        """State dicts of the entries `keys`, parameters `names` in order; a block takes a quarter of `memory` bytes."""
+        for path in paths:
+            if not zipfile.is_zipfile(path):
+                load_file(path, "snapshot")  # a truncated file says so
+                raise UserError(f"{path} is in torch's older format, which cannot be read in parts; raise "
+                                "--basis-memory, so that the window is loaded, or save it again")
+        self.paths, self.keys, self.names, self.columns, self.device = paths, keys, names, columns, device
+        self.shape = len(paths), columns.stop - columns.start
+        self.width = max(1, memory // (4 * 4 * len(paths)))
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The columns in order, as matrices (n, up to self.width), each in the memory of the one before it.
+
+        The files are mapped for one block at a time.
+        """
+        memory = torch.empty(len(self.paths), min(self.width, self.shape[1]), device=self.device)
+        for first in range(self.columns.start, self.columns.stop, self.width):
+            part = slice(first, min(self.columns.stop, first + self.width))
+            block = memory[:, : part.stop - first]
+            for row, path in zip(block, self.paths, strict=True):
+                state = matched(torch.load(path, map_location="cpu", weights_only=True, mmap=True), self.keys)
+                row.copy_(flat_columns([state[name] for name in self.names], part))
+                del state
+            yield block
+
+
+def load_window(paths: list[Path], model: nn.Module, device: torch.device | str = "cpu", *, memory: float = math.inf,
+                sharded: bool = False) -> Tensor | SnapshotFiles:
+    """Snapshots as a matrix (n, D) of flat parameters on `device`; `model` ends in the full state of the first one.
+
+    Row i holds the trainable parameters of paths[i], as `flat_parameters` lays them out. `sharded`: only this
+    process's columns of it. A matrix of more than `memory` bytes is not loaded but streamed from its (checked) files.
+    """
+    parameters = set(trainable(model))
+    names = [name for name, p in model.named_parameters() if p in parameters]
+    D = sum(p.numel() for p in parameters)
+    columns = distributed.columns(D) if sharded else slice(0, D)
+    loads = 4 * len(paths) * (columns.stop - columns.start) <= memory
+    window = (torch.empty(len(paths), columns.stop - columns.start, device=device) if loads
+              else SnapshotFiles(paths, list(model.state_dict()), names, columns, device, int(memory)))
+    notes = {}  # text -> the first file it holds for
+    for i, path in enumerate(paths):
+        if not loads and i and i % distributed.world_size() != distributed.rank():
+            continue  # each file is checked by one process
+        state, by_position = read_snapshot(path, model, mmap=not loads)
+        if by_position:
+            notes.setdefault("other names than the network; its tensors, all of the same shapes, are matched by "
+                             "position", path)
+        for name in names:
+            if state[name].dtype != torch.float32:
+                notes.setdefault(f"{state[name].dtype}; converted to torch.float32", path)
+        if loads:
+            window[i] = flat_columns([state[name] for name in names], columns)
+        if i == 0:
+            model.load_state_dict(state)
+        del state  # before the next one is there
+    for note, path in notes.items() if distributed.rank() == 0 else ():
+        print(f"note: {path} holds {note}", file=sys.stderr)
+    return window
+
+
+def make_basis(window: Tensor | SnapshotFiles, k: int, kind: str = "pca", seed: int = 1,
+               sharded: bool = False) -> tuple[Tensor, list[float]]:
+    """A basis P (k, D) with orthonormal rows, and the share of the window's variance that each row explains.
+
+    "pca": `pca_basis`. Two others to compare it with, for a window (n, D) in memory: "random", k random directions
+    drawn from the seed, which know nothing of training; "snapshots", the span of k evenly spaced snapshots as seen
+    from the first. Raises ValueError if the snapshots do not span k dimensions.
+    """
+    if kind == "pca":
+        return pca_basis(window, k, group=distributed if sharded else None)
+    n, D = window.shape
+    if kind == "random":
+        rows = torch.randn(k, D, generator=torch.Generator().manual_seed(seed)).to(window.device)
+    else:
+        rows = window[torch.linspace(1, n - 1, k).round().long()] - window[0]
+    Q, R = torch.linalg.qr(rows.T)
+    if R.diagonal().abs().min() <= 1e-5 * R.diagonal().abs().max():
+        raise ValueError(f"the {n} snapshots do not span {k} dimensions: are some repeated?")
+    P = Q.T.contiguous()
+    centred = window - window.mean(0)
+    return P, ((P @ centred.T).square().sum(1) / centred.square().sum()).tolist()
