@@ -83,12 +83,13 @@ def readme_example():
 PREAMBLE = """
 import torch, torch.nn.functional as F
 torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-batches = [(x, (x[:, 0] > 0).long()) for x in torch.randn(20, 32, 4)]
+model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.Tanh(), torch.nn.Linear(64, 2))
+batches = [(x, (x[:, 0] > 0).long()) for x in torch.randn(20, 32, 20)]
 loss_fn = F.cross_entropy
 def train(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for x, y in batches:
+    for i in torch.randperm(len(batches)):
+        x, y = batches[i]
         optimizer.zero_grad(); loss_fn(model(x), y).backward(); optimizer.step()
 """
 CHECK = """

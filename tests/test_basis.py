@@ -5,8 +5,9 @@ import torch
 from sklearn.decomposition import PCA
 
 import models
-from subspace import flat_parameters, load_window, make_basis, pca_basis, read_snapshot, snapshot_paths
-from utils import InputError
+from dldr.errors import UserError
+from dldr.snapshots import load_window, make_basis, read_snapshot, snapshot_paths
+from dldr.subspace import flat_parameters, pca_basis
 
 
 def angle(P, Q):
@@ -28,7 +29,9 @@ def trajectory(n=31, D=20_000, seed=0):
 @pytest.mark.parametrize("k", [1, 10, 30])  # 30 = n - 1: every direction there is
 def test_basis_equals_float64_svd(k, chunk_bytes):
     X = trajectory()
-    P, explained = pca_basis(torch.tensor(X), k, chunk_bytes)
+    window = torch.tensor(X)
+    P, explained = pca_basis(window, k, chunk_bytes=chunk_bytes)
+    assert torch.equal(window, torch.tensor(X))  # left as it is
     centred = X.astype(np.float64) - X.astype(np.float64).mean(0)
     _, S, Vt = np.linalg.svd(centred, full_matrices=False)
     assert P.shape == (k, X.shape[1]) and P.dtype == torch.float32
@@ -67,14 +70,6 @@ def test_steep_spectrum_stays_orthonormal():
     assert (P.double() @ P.double().T - torch.eye(15)).abs().max() <= 1e-6
 
 
-def test_window_memory_becomes_the_basis():
-    """The window turns into P, and the rows that P does not need are given back."""
-    window = torch.tensor(trajectory())
-    P, _ = pca_basis(window, 7)
-    assert P is window and P.shape == (7, 20_000) and P.is_contiguous()
-    assert P.untyped_storage().nbytes() == 7 * 20_000 * 4
-
-
 def test_signs_are_fixed():
     """The order and scale of arithmetic may turn an eigenvector round; its largest coefficient decides."""
     X = trajectory()
@@ -85,18 +80,18 @@ def test_signs_are_fixed():
 
 @pytest.mark.parametrize("k", [0, 5, 40])
 def test_more_components_than_the_rank_is_refused(k):
-    with pytest.raises(InputError, match="n_components"):
+    with pytest.raises(ValueError, match=f"5 snapshots have 1 to 4 principal components, not {k}"):
         pca_basis(torch.randn(5, 100), k)
 
 
 def test_zero_variance_is_refused():
-    with pytest.raises(InputError, match="0 directions"):
+    with pytest.raises(ValueError, match="0 directions"):
         pca_basis(torch.randn(100).expand(6, 100).clone(), 2)
 
 
 def test_repeated_snapshots_are_refused():
     three = torch.randn(3, 100)
-    with pytest.raises(InputError, match="2 directions"):
+    with pytest.raises(ValueError, match="2 directions"):
         pca_basis(three[[0, 1, 2, 0, 1, 2]].clone(), 3)
 
 
@@ -126,21 +121,20 @@ def test_official_snapshots_load(sampled, tmp_path, capsys):
 
 
 def test_flat_parameters_are_the_model():
-    """A step on w is a step of the model; a backward pass adds to w.grad; order as torch's own flattening."""
+    """A step on w is a step of the model, and the other way round; order as torch's own flattening."""
     model = models.get_model("resnet8", 10)
     before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     w = flat_parameters(model)
     assert torch.equal(w, before)
-    x, y = torch.randn(4, 3, 32, 32), torch.arange(4)
-    for _ in range(2):
-        torch.nn.functional.cross_entropy(model(x), y).backward()
-    gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
-    assert torch.equal(w.grad, gradient) and w.grad.norm() > 0
-    assert all(p.grad.data_ptr() >= w.grad.data_ptr() for p in model.parameters())
     w.add_(1)
     assert torch.equal(torch.nn.utils.parameters_to_vector(model.parameters()), before + 1)
-    assert torch.equal(torch.cat([v.reshape(-1) for n, v in model.state_dict().items() if n in dict(
-        model.named_parameters())]), before + 1)
+    names = dict(model.named_parameters())
+    assert torch.equal(torch.cat([v.reshape(-1) for n, v in model.state_dict().items() if n in names]), before + 1)
+    torch.nn.functional.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.arange(4)).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert torch.equal(torch.nn.utils.parameters_to_vector(model.parameters()), w)
+    again = flat_parameters(model)
+    assert again.data_ptr() == w.data_ptr() and again.shape == w.shape
 
 
 def test_read_snapshot_names_what_is_wrong(sampled, tmp_path):
@@ -151,11 +145,11 @@ def test_read_snapshot_names_what_is_wrong(sampled, tmp_path):
         r"linear.bias is missing, in the network \(10,\)": {k: v for k, v in state.items() if k != "linear.bias"},
         r"linear.weight is \(9, 64\), the network's \(10, 64\)": {**state, "linear.weight": torch.zeros(9, 64)},
         "not a state dict": {"epoch": 3},
-        "another --arch: 5": {**state, 5: torch.zeros(1)},
+        "another network: 5": {**state, 5: torch.zeros(1)},
     }
     for message, bad in cases.items():
         torch.save(bad, tmp_path / "bad.pt")
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(UserError, match=message):
             read_snapshot(tmp_path / "bad.pt", model)
 
 
@@ -182,5 +176,5 @@ def test_every_basis_is_orthonormal_and_explains_what_it_says(kind):
 
 def test_repeated_snapshots_span_nothing():
     window = torch.randn(1, 100).repeat(6, 1) + torch.tensor([0.0, 1, 1, 1, 2, 3])[:, None] * torch.randn(6, 100)[:1]
-    with pytest.raises(InputError, match="do not span --n_components 3 dimensions"):
+    with pytest.raises(ValueError, match="do not span 3 dimensions"):
         make_basis(window, 3, "snapshots")
