@@ -12,6 +12,7 @@ import utils
 from dldr import distributed, engine
 from dldr.checkpoint import save_tensors
 from dldr.errors import NonFiniteLoss, UserError
+from dldr.snapshots import is_finite
 from dldr.subspace import flat_parameters
 
 # defaults per data set
@@ -91,8 +92,8 @@ def train(run, args, data, model):
     def save_snapshot(epoch, iteration):
         if iteration in due:
             state = model.state_dict()
-            finite = all(torch.isfinite(value).all() for value in (w, *model.buffers()))  # losses may be read later
-            if distributed.all_reduce_max(int(not finite)):
+            everything = torch.cat([w, *(buffer.reshape(-1).to(w) for buffer in model.buffers())])
+            if distributed.all_reduce_max(int(not is_finite(everything))):  # losses may be read later
                 raise NonFiniteLoss(f"the network is not finite after iteration {iteration}")
             if args.snapshot_dtype == "bfloat16":
                 state = {name: value.bfloat16() if name in parameters else value for name, value in state.items()}

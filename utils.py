@@ -296,7 +296,8 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
             help="only deterministic algorithms: bitwise repeatable on one machine, slower on CUDA")
     changeable(machine("-j", "--workers", type=natural, default=4, metavar="N",
                        help="data loading processes, for ImageNet; other data sets are held on the device"))
-    changeable(machine("--timeout", type=waiting, default=600, metavar="S", help="process-group timeout (s)"))
+    changeable(machine("--timeout", type=waiting, default=600, metavar="S",
+                       help="process-group timeout (s); a signal to one rank stops all of them within 20 batches"))
     machine("--sync-bn", action="store_true",
             help="batch norm over the whole mini-batch, not each rank's part of it (GPUs only)")
     return parser, training
