@@ -10,7 +10,6 @@ import torch
 
 import utils
 from dldr import distributed, engine
-from dldr.checkpoint import save_tensors
 from dldr.errors import NonFiniteLoss, UserError
 from dldr.snapshots import is_finite
 from dldr.subspace import flat_parameters
@@ -97,10 +96,10 @@ def train(run, args, data, model):
                 raise NonFiniteLoss(f"the network is not finite after iteration {iteration}")
             if args.snapshot_dtype == "bfloat16":
                 state = {name: value.bfloat16() if name in parameters else value for name, value in state.items()}
-            save_tensors(run.directory / f"{epoch * len(due) + due.index(iteration) + 1}.pt", state)
+            run.save_snapshot(epoch * len(due) + due.index(iteration) + 1, state)
 
     if not run.has_checkpoint():
-        save_tensors(run.directory / f"{args.start_epoch * len(due)}.pt", model.state_dict())
+        run.save_snapshot(args.start_epoch * len(due), model.state_dict())
     optimizer = make_optimizer(args, list(model.parameters()))
     loop = utils.make_loop(args, model, optimizer, distributed.data_parallel(model))
     warm_up = args.arch in ("resnet110", "resnet1202")

@@ -77,6 +77,8 @@ def main(args):
     device = utils.set_up(args.device, args.randomseed)
     data = utils.load_data(args, device)
     model = models.get_model(args.arch, data.classes, args.datasets).to(device)
+    utils.check_sampling(args, data)
+    utils.check_snapshots(snapshot_paths(args.save_dir, range(args.params_start, last + 1)))
     P, explained = pca_basis(load_window(snapshot_paths(args.save_dir, window), model, device), args.n_components)
     w = flat_parameters(model)
     start = w.clone()

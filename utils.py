@@ -13,7 +13,7 @@ import torch
 import datasets
 import models
 from dldr import distributed, engine, graphs
-from dldr.checkpoint import Run, load_file, load_json, load_model
+from dldr.checkpoint import Run, checksum, load_file, load_json, load_model
 from dldr.errors import Stopped, UserError
 from dldr.snapshots import load_window, make_basis, snapshot_paths
 from dldr.subspace import flat_parameters
@@ -52,7 +52,7 @@ def evaluate(run, args, data, model):
     name = {"": "final.pt", "auto": "checkpoint.pt"}.get(args.resume)
     path = run.path(name) if name else Path(args.resume)
     state = load_file(path, "final network (--evaluate)")
-    load_model(model, state.get("model", state), path)
+    load_model(model, state, path)
     test = engine.evaluate(model, data.test.epoch(0), args.half, top5=args.datasets == "ImageNet")
     print(f"evaluate  {path}  test loss {test['loss']:.4f}  test accuracy {test['accuracy']:.2f}%"
           + (f"  top-5 {test['top5']:.2f}%" if "top5" in test else ""), flush=True)
@@ -61,6 +61,7 @@ def evaluate(run, args, data, model):
 
 def subspace(run, args, data, model):
     """The basis P of the window, as the optimisers take it; `model` is then the window's first snapshot."""
+    check_sampling(args, data)
     w = flat_parameters(model)
     pca = args.basis == "pca"  # the others are for comparison, and made in memory
     # sharding costs two collectives of D numbers a step, a replicated P one of k numbers: worth it for memory only
@@ -71,6 +72,7 @@ def subspace(run, args, data, model):
         with run.timer("load"):
             window = load_window(run.snapshots, model, w.device, sharded=sharded,
                                  memory=2**30 * args.basis_memory if pca else math.inf)
+            check_snapshots(run.snapshots)
         with run.timer("basis"):
             P, explained = make_basis(window, args.n_components, args.basis, args.randomseed, sharded)
     except UserError:
@@ -79,6 +81,56 @@ def subspace(run, args, data, model):
         raise UserError(f"{error} (--n_components, --params_start, --params_end, --params_step)") from error
     run.begin(data, w, snapshots=len(run.snapshots), explained=explained)
     return distributed.distribute(P, w.numel(), sharded)
+
+
+MISMATCHES = ("datasets", "arch", "smalldatasets", "corrupt", "labels", "content")
+
+
+def check_snapshots(paths):
+    """Raise UserError unless the snapshots are as one run of train_sgd.py saved them; a note if there is no record."""
+    directory = paths[0].parent
+    index = load_json(directory / "sgd_snapshots.json")
+    if index is None:
+        note(f"{directory} has no sgd_snapshots.json: whether its snapshots are of one run is not checked")
+        return
+    foreign = [path.name for path in paths if index.get(path.stem) != checksum(path)]
+    if foreign:
+        raise UserError(f"--save-dir {directory}: {' '.join(foreign[:10])} not as the run in sgd_args.json saved "
+                        f"{'it' if len(foreign) == 1 else 'them'}: changed, or left by another run")
+
+
+def note(text):
+    if distributed.rank() == 0:
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def check_sampling(args, data):
+    """Raise UserError, naming each difference, unless the snapshots were sampled on the same data and network.
+
+    What --allow-mismatch names may differ. Prints a note if there is no record of the sampling run.
+    """
+    directory = Path(args.save_dir)
+    record = load_json(directory / "sgd_args.json")
+    if record is None:
+        note(f"{directory} has no sgd_args.json: data and network of its snapshots are not compared with these flags")
+        return
+    then, now = ({**flags, "smalldatasets": flags.get("smalldatasets") or 1.0}
+                 for flags in (record["args"], vars(args)))
+    allowed = set(getattr(args, "allow_mismatch", ()))
+    pairs = {name: (then.get(name), now[name], f"--{name}")
+             for name in ("datasets", "arch", "smalldatasets", "corrupt")}
+    same = all(pair[0] == pair[1] for pair in pairs.values())
+    if "data" in record:
+        facts, here = record["data"], data.facts
+        pairs["content"] = facts["content"], here["content"], "--data holds other data"
+        if same:  # else the labels differ for a reason that is said
+            pairs["labels"] = facts["labels"], here["labels"], "--randomseed draws other noisy labels"
+    elif args.corrupt and same:
+        pairs["labels"] = then["randomseed"], now["randomseed"], "--randomseed draws other noisy labels"
+    wrong = [f"{name} {a}, here {b} ({why})" for name, (a, b, why) in pairs.items() if a != b and name not in allowed]
+    if wrong:
+        raise UserError(f"the snapshots in --save-dir {directory} were sampled otherwise: {'; '.join(wrong)}; repeat "
+                        "the flags of train_sgd.py, or name what is meant to differ in --allow-mismatch")
 
 
 def make_loop(args, model, optimizer, network=None):
@@ -107,6 +159,8 @@ def run_script(parse_args, main):
 
     Of several ranks the first to fail says why.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal may be ASCII
     args = parse_args()
     name = Path(sys.argv[0]).name
 
@@ -187,7 +241,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         super().__init__(prog, max_help_position=32, width=110)
 
     def _get_help_string(self, action):  # no "(default: None)": the help says what happens then; but "(default: 0)"
-        bare = action.default is None or action.default is False or action.default == ""
+        bare = action.default is None or action.default is False or action.default in ("", [])
         return action.help if bare else super()._get_help_string(action)
 
 
@@ -210,7 +264,16 @@ seed = number(int, 0, 2**32 - 1, "a whole number from 0 to 2**32 - 1")  # what t
 nonnegative = number(float, 0, math.inf, "a number of at least 0")
 waiting = number(float, 1, 10**6, "a number from 1 to 1,000,000")
 positive = number(float, 1e-6, math.inf, "a number above 0")
+folder = os.path.expanduser  # as in --save-dir=~/runs, which a shell leaves alone
 fraction = number(float, 0, 1, "in [0, 1]")
+
+
+def mismatches(value):
+    """An argparse type: a comma-separated list of what may differ between stages."""
+    names = value.split(",")
+    if wrong := set(names) - set(MISMATCHES):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(wrong))} not in {', '.join(MISMATCHES)}")
+    return names
 
 
 def changeable_flags():
@@ -225,7 +288,7 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
     data = parser.add_argument_group("data and network").add_argument
     data("--datasets", default="CIFAR10", metavar="NAME",
          help="CIFAR10, CIFAR100, MNIST, FashionMNIST, digits (comes with scikit-learn) or ImageNet")
-    changeable(data("--data", default=os.environ.get("DLDR_DATA", "data/"), metavar="DIR",
+    changeable(data("--data", type=folder, default=os.environ.get("DLDR_DATA", "data/"), metavar="DIR",
                     help="where data sets are or are downloaded to; the environment variable DLDR_DATA sets it too"))
     data("-a", "--arch", default="resnet32", metavar="ARCH",
          help=f"network: {'; '.join(models.FAMILIES.values())}; a torchvision name on ImageNet (resnet18); or "
@@ -265,16 +328,18 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
         window("--params_step", type=count, default=1, metavar="N", help="use every N-th snapshot of the window")
         window("--basis", choices=("pca", "random", "snapshots"), default="pca",
                help="principal directions; to compare: random ones, or the span of K evenly spaced snapshots")
+        window("--allow-mismatch", type=mismatches, default=[], metavar="NAME,...",
+               help=f"in what the sampling run may differ from this one, of {', '.join(MISMATCHES)} (default: nothing)")
         changeable(window("--basis-memory", type=positive, default=2.0, metavar="GIB",
                           help="stream snapshots from disk above this many GiB per process"))
         changeable(window("--shard-basis", choices=("auto", "on", "off"), default="auto",
                           help="each rank holds its part of P's columns only; auto: from a P of 1 GiB"))
 
     output = parser.add_argument_group("output").add_argument
-    save_dir = output("--save-dir", default="save_temp", metavar="DIR",
+    save_dir = output("--save-dir", type=folder, default="save_temp", metavar="DIR",
                       help="directory of the snapshots 0.pt, 1.pt, ...")
     if subspace:
-        changeable(output("--output-dir", default=None, metavar="DIR", help="where to write (default: the --save-dir)"))
+        changeable(output("--output-dir", type=folder, metavar="DIR", help="where to write (default: the --save-dir)"))
     else:
         changeable(save_dir)  # a folder may be moved; for a subspace it says which snapshots
     changeable(output("--save-every", type=count, default=10, metavar="N",

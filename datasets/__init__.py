@@ -6,6 +6,7 @@ on the CPU, so every device, batch size and stage sees the same stream for a see
 """
 import contextlib
 import difflib
+import hashlib
 import io
 import sys
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class Data(NamedTuple):
     classes: int
     train: object  # .epoch(e) yields (x, y) batches; len() batches; .samples
     test: object
+    facts: dict  # what identifies the data, see `describe`
 
 
 def check_name(name):
@@ -61,13 +63,28 @@ def load(name, root, *, batch_size, device, seed, corrupt=0.0, part=None, worker
         return imagenet.load(root, batch_size=batch_size, device=device, seed=seed, corrupt=corrupt, part=part,
                              workers=workers)
     source = SOURCES[name]
-    x_train, y_train, x_test, y_test = source.read(Path(root))
+    arrays = x_train, y_train, x_test, y_test = source.read(Path(root))
     keep = kept_samples(len(x_train), part)
     y_train = noisy_labels(y_train[:keep], corrupt, source.classes, seed)
     train = ImageBatches(x_train[:keep], y_train, source, batch_size, device, seed=seed, shuffle=True,
                          augment=True)
     test = ImageBatches(x_test, y_test, source, EVALUATION_BATCH[torch.device(device).type], device)
-    return Data(source.classes, train, test)
+    return Data(source.classes, train, test, describe(source.classes, train, test, arrays, y_train))
+
+
+def describe(classes, train, test, content, labels):
+    """What identifies the data, for log and checks: classes, samples, and two digests.
+
+    "content": of the whole data set (arrays or bytes); "labels": of the training labels in use.
+    """
+    def digest(pieces):
+        state = hashlib.blake2b(digest_size=8)
+        for piece in pieces:
+            state.update(np.ascontiguousarray(piece) if isinstance(piece, np.ndarray) else piece)
+        return state.hexdigest()
+
+    return {"classes": classes, "training": train.samples, "test": test.samples, "content": digest(content),
+            "labels": digest([np.asarray(labels, dtype=np.int64)])}
 
 
 def kept_samples(n, part):

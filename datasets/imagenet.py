@@ -9,7 +9,7 @@ import torch
 import torchvision.datasets as tv_datasets
 from torchvision.transforms import v2
 
-from datasets import IMAGENET_MEAN, IMAGENET_STD, Data, batch_sizes, kept_samples, noisy_labels, shares
+from datasets import IMAGENET_MEAN, IMAGENET_STD, Data, batch_sizes, describe, kept_samples, noisy_labels, shares
 from dldr.errors import UserError
 
 
@@ -18,14 +18,13 @@ def load(root, *, batch_size, device, seed, corrupt=0.0, part=None, workers=4):
     train, test = Folder(root, "train", TRAIN), Folder(root, "val", EVAL)
     if train.class_to_idx != test.class_to_idx:
         raise UserError(f"--data {root}: train/ and val/ must have the same class folders")
+    content = [f"{path}\t{label}\n".encode() for folder in (train, test) for path, label in folder.named()]
     train.samples = train.samples[: kept_samples(len(train.samples), part)]
     labels = noisy_labels([label for _, label in train.samples], corrupt, len(train.classes), seed)
     train.samples = [(path, int(label)) for (path, _), label in zip(train.samples, labels, strict=True)]
-    return Data(
-        len(train.classes),
-        FolderBatches(train, batch_size, device, workers, seed=seed, shuffle=True),
-        FolderBatches(test, batch_size, device, workers),
-    )
+    batches = (FolderBatches(train, batch_size, device, workers, seed=seed, shuffle=True),
+               FolderBatches(test, batch_size, device, workers))
+    return Data(len(train.classes), *batches, describe(len(train.classes), *batches, content, labels))
 
 
 def _transform(*geometry):
@@ -47,6 +46,10 @@ class Folder(tv_datasets.ImageFolder):
             raise UserError(
                 f"--data {root}: ImageNet needs class folders with images under {split}/ ({error})"
             ) from error
+
+    def named(self):
+        """Path below the root and label of each image."""
+        return [(str(Path(path).relative_to(self.root)), label) for path, label in self.samples]
 
     def __getitem__(self, key):
         index, draw = key

@@ -1,5 +1,6 @@
 """Run directory: atomic writes, checkpoints, log, summary."""
 import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import importlib.util
@@ -16,6 +17,7 @@ import sys
 import time
 import warnings
 import zipfile
+import zlib
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -42,6 +44,9 @@ def write_atomically(path, data):
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)  # the new name, too
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a file system whose directories cannot be flushed (CIFS)
+                raise
         finally:
             os.close(directory)
     except OSError as error:
@@ -59,6 +64,15 @@ def save_tensors(path, value):
     buffer = io.BytesIO()  # torch.save reports a full disk as a RuntimeError of its own wording; a file says OSError
     torch.save(value, buffer)
     return write_atomically(path, buffer.getbuffer())
+
+
+def checksum(path):
+    """Of a file by torch.save, from the checksums that its directory carries; "" for one of another format."""
+    if not zipfile.is_zipfile(path):
+        return ""
+    with zipfile.ZipFile(path) as archive:
+        entries = [(entry.filename, entry.CRC) for entry in archive.infolist()]
+    return f"{zlib.crc32(repr(entries).encode()):08x}"
 
 
 def save_json(path, value):
@@ -82,6 +96,9 @@ def load_file(path, what, mmap=False):
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no {what} at this path") from error
     except Exception as error:  # invalid files raise many exception types
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(f"{what} {path} holds a pickled {refused[1]}; only tensors, numbers, strings, lists and "
+                            "dicts are read: save its state_dict()") from error
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{what} {path} cannot be read: {reason[:200]} (truncated, or not by torch.save?)") from error
     if not isinstance(value, dict):
@@ -89,9 +106,24 @@ def load_file(path, what, mmap=False):
     return value
 
 
-def without_prefixes(state):
-    """A state dict without what DataParallel (`module.`) or torch.compile (`_orig_mod.`) put before its keys."""
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", str(key)): value for key, value in state.items()}
+def without_prefixes(key):
+    """A key of a state dict without what DataParallel (`module.`) or torch.compile (`_orig_mod.`) put before it."""
+    return re.sub(r"^((module|_orig_mod)\.)+", "", str(key))
+
+
+def state_dict_in(value, keys):
+    """The state dict in what people save, itself or in a dict beside other things.
+
+    It has the names `keys` where only prefixes (`module.`, `_orig_mod.`) differ from them, on either side.
+    """
+    for name in ("state_dict", "model_state_dict", "model", "net"):
+        if isinstance(value.get(name), dict):
+            value = value[name]
+            break
+    if value.keys() == set(keys):
+        return value
+    bare, names = {without_prefixes(key): item for key, item in value.items()}, {without_prefixes(k): k for k in keys}
+    return {names[key]: item for key, item in bare.items()} if bare.keys() == names.keys() else bare
 
 
 def load_json(path):
@@ -121,10 +153,15 @@ def load_function(spec, flag):
     return getattr(module, name)
 
 
+def differences(then, now):
+    """Where `now` differs from `then`: "lr 0.1 -> 0.2, ...", or "" if nowhere."""
+    return ", ".join(f"{key} {then.get(key)} -> {value}" for key, value in now.items() if value != then.get(key))
+
+
 def load_model(model, state, path):
-    """model.load_state_dict, with one line that names the file if it does not fit."""
+    """model.load_state_dict of `state_dict_in`, with one line that names the file if it does not fit."""
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(state_dict_in(state, list(model.state_dict())))
     except (RuntimeError, AttributeError) as error:
         raise UserError(f"{path} does not fit the network of --arch and --datasets: {error}"[:400]) from error
 
@@ -229,6 +266,7 @@ class Run:
         summary = load_json(self.path("summary.json"))
         newest = max((path.stat().st_mtime for path in self.snapshots), default=0)
         done = (summary is not None and summary.get("epochs") == args["epochs"]
+                and summary["args"].get("data") == args["data"]  # else the data are compared first, on resuming
                 and newest <= self.path("summary.json").stat().st_mtime)  # else it is of other snapshots
         if not args["resume"]:
             raise UserError(f"{self.directory} holds {'a finished' if done else 'an unfinished'} {self.method} run "
@@ -247,9 +285,9 @@ class Run:
 
     def changes(self, then):
         """How the flags differ from `then`, ignoring those that may change: "lr 0.1 -> 0.2, ...", or ""."""
-        then = {"sync_bn": False, "snapshot_dtype": "float32", **then}  # what files from before these flags mean
-        return ", ".join(f"{key} {then.get(key)} -> {value}" for key, value in self.args.items()
-                         if key not in self.changeable and value != then.get(key))
+        # what files from before these flags mean
+        then = {"sync_bn": False, "snapshot_dtype": "float32", "allow_mismatch": [], **then}
+        return differences(then, {key: value for key, value in self.args.items() if key not in self.changeable})
 
     def take_directory(self):
         """Make the directory and lock it (the OS releases the lock on exit); with --overwrite empty it. On rank 0.
@@ -269,11 +307,14 @@ class Run:
             raise UserError(f"another {self.method} process is writing to {self.directory}; choose another {self.flag} "
                             "or wait for it") from error
         except OSError as error:
-            raise UserError(f"{self.flag} {self.directory} cannot be written to: {error.strerror}") from error
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise UserError(f"{self.flag} {self.directory} cannot be written to: {error.strerror}") from error
+            print(f"warning: the file system of {self.directory} has no locks: nothing keeps another process out of it",
+                  file=sys.stderr, flush=True)
         stale = list(self.directory.glob(f".{self.method}_*.tmp"))  # of a run that was killed while writing
         snapshots = [path for pattern in ("[0-9]*.pt", ".[0-9]*.pt.tmp") for path in self.directory.glob(pattern)]
         if self.args["overwrite"]:
-            stale += [*self.results(), self.path("args.json")]
+            stale += [*self.results(), self.path("args.json"), self.path("snapshots.json")]
         if self.method == "sgd":
             stale += [path for path in snapshots if self.args["overwrite"] or path.suffix == ".tmp"]
         for path in stale:
@@ -297,7 +338,7 @@ class Run:
         k = len(explained) if explained else None
         self.facts = {
             "parameters": w.numel(),
-            "data": {"classes": data.classes, "training": data.train.samples, "test": data.test.samples},
+            "data": data.facts,
             "parameters_trained": k or w.numel(),
             "n_components": k,
             "snapshots": snapshots,
@@ -318,11 +359,18 @@ class Run:
             first = self.restore(path, model, optimizer)
             if path != self.path("checkpoint.pt"):  # --resume auto means this one from now on
                 self.save("checkpoint.pt", self.state(first, model, optimizer))
-        save_json(self.path("args.json"), {"command": command_line(), "args": self.args})
+        save_json(self.path("args.json"), {"command": command_line(), "args": self.args, "data": self.facts["data"]})
         for name in ("summary.json", "final.pt") if distributed.rank() == 0 else ():
             self.path(name).unlink(missing_ok=True)  # they would not go with the new log
         self.write_log()
         return first
+
+    def save_snapshot(self, index, state):
+        """Save the state dict number `index` of the trajectory, and its checksum in sgd_snapshots.json."""
+        path = save_tensors(self.directory / f"{index}.pt", state)
+        if distributed.rank() == 0:
+            known = load_json(self.path("snapshots.json")) or {}
+            save_json(self.path("snapshots.json"), {**known, str(index): checksum(path)})
 
     def write_log(self):
         write_atomically(self.path("log.jsonl"), "".join(json.dumps(line) + "\n" for line in self.log).encode())
@@ -341,9 +389,8 @@ class Run:
             raise UserError(f"--resume {path} is of another experiment: {changed}")
         if state["epoch"] > self.args["epochs"]:
             raise UserError(f"--resume {path} is past --epochs {self.args['epochs']}: it has {state['epoch']}")
-        if state["facts"].get("data") != self.facts["data"]:  # --data may name another place, but not other data
-            raise UserError(f"--resume {path} is of other data: {state['facts'].get('data')}, in --data now "
-                            f"{self.facts['data']}")
+        if changed := differences(state["facts"].get("data", {}), self.facts["data"]):  # --data may have moved
+            raise UserError(f"--resume {path} is of other data than --data {self.args['data']}: {changed}")
         shares = [facts["explained_variance"] for facts in (state["facts"], self.facts)]
         if shares[0] and not np.allclose(*(share["per_component"] for share in shares), rtol=1e-6):
             raise UserError(f"--resume {path} was made with different snapshots than those in --save-dir")

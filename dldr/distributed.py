@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dldr.errors import UserError
 from dldr.subspace import Basis, ProjectedBFGS
 
 # -------------------------------------------------------------------------------------------------- process group
@@ -34,8 +35,17 @@ def rank() -> int:
 
 
 def launched() -> int:
-    """Number of processes torchrun has started, whose group need not be initialised yet; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Number of processes torchrun has started, whose group need not be initialised yet; 1 without it.
+
+    Raises UserError if the environment is not as torchrun leaves it.
+    """
+    size, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "")
+    if size == "1":
+        return 1
+    if not (size.isdigit() and rank.isdigit() and os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
+        raise UserError(f"the environment has WORLD_SIZE={size} without a valid RANK, MASTER_ADDR and MASTER_PORT: "
+                        "start with torchrun, or unset it")
+    return int(size)
 
 
 def init(device: torch.device, timeout: float) -> None:
@@ -66,11 +76,9 @@ def store() -> dist.Store:
 
 def first_to_fail() -> bool:
     """Whether no other process has called this before, so that an error is printed once, where it began."""
-    if launched() == 1:
-        return True
     try:
-        return store().add("failed", 1) == 1
-    except RuntimeError:  # the store has gone with torchrun
+        return launched() == 1 or store().add("failed", 1) == 1
+    except (UserError, RuntimeError):  # an odd environment; or the store has gone with torchrun
         return True
 
 

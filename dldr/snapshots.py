@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dldr import distributed
-from dldr.checkpoint import load_file, without_prefixes
+from dldr.checkpoint import load_file, state_dict_in
 from dldr.errors import UserError
 from dldr.subspace import pca_basis, trainable
 
@@ -38,7 +38,7 @@ def is_finite(x: Tensor) -> bool:
 
 def matched(state: dict[str, Tensor], keys: list[str]) -> dict[str, Tensor]:
     """`state` with the names `keys`, by position if it has others."""
-    state = without_prefixes(state)
+    state = state_dict_in(state, keys)
     return state if state.keys() == set(keys) else dict(zip(keys, state.values(), strict=True))
 
 
@@ -48,10 +48,10 @@ def read_snapshot(path: Path, model: nn.Module, mmap: bool = False) -> tuple[dic
     Names that differ from the model's are matched by position, if all shapes agree in order; returns the state and
     whether that was so. Raises UserError with file, tensor and reason for anything that does not fit.
     """
-    state = load_file(path, "snapshot", mmap)
+    expected = model.state_dict()
+    state = state_dict_in(load_file(path, "snapshot", mmap), list(expected))
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"snapshot {path} is not a state dict of tensors")
-    state, expected = without_prefixes(state), model.state_dict()
     by_position = state.keys() != expected.keys()
     if by_position and [v.shape for v in state.values()] != [v.shape for v in expected.values()]:
         name = min(state.keys() ^ expected.keys())

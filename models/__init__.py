@@ -9,7 +9,7 @@ import pickle
 from torch import nn
 
 from dldr import distributed
-from dldr.checkpoint import load_file, load_function, load_model, without_prefixes
+from dldr.checkpoint import load_file, load_function, load_model
 from dldr.errors import UserError
 
 FAMILIES = {  # file: its names; imported only when one of them is asked for
@@ -81,7 +81,7 @@ def get_model(arch, num_classes, dataset="CIFAR10", pretrained=None):
     """
     if pretrained and pretrained is not True:
         model, state = get_model(arch, num_classes, dataset), load_file(pretrained, "state dict (--pretrained)")
-        load_model(model, without_prefixes(state.get("model", state)), f"--pretrained {pretrained}")
+        load_model(model, state, f"--pretrained {pretrained}")
         return model
     check_name(arch, dataset)
     if dataset != "ImageNet" or ".py:" in arch:
