@@ -45,15 +45,17 @@ def parse_args(argv=None):
 
 
 def find_runs(directories):
-    """Summaries below the directories, each with its log as "log"; SGD, P-BFGS, P-SGD in each directory."""
-    runs = []
+    """Summaries below the directories, each once and with its log as "log"; SGD, P-BFGS, P-SGD in each directory."""
+    runs, seen = [], set()
     for directory in directories:
         for method in STYLES:
             for path in Path(directory).rglob(f"{method}_summary.json"):
                 try:
                     summary = json.loads(path.read_text())
                     lines = path.with_name(f"{method}_log.jsonl").read_text().splitlines()
-                    runs.append({**summary, "directory": path.parent, "log": [json.loads(line) for line in lines]})
+                    if (content := json.dumps(summary, sort_keys=True)) not in seen:  # else a copy of a run
+                        runs.append({**summary, "directory": path.parent, "log": [json.loads(line) for line in lines]})
+                    seen.add(content)
                 except (OSError, ValueError) as error:
                     raise UserError(f"{path} and its {method}_log.jsonl cannot be read: {error}") from error
     if not runs:
@@ -95,10 +97,11 @@ def label(run):
 
 
 def setting(run):
-    """What a row is: everything that was chosen, but for the seed."""
+    """What a row is: everything that was chosen but the seed, the data, and how the snapshots were sampled."""
     same = {"randomseed", "save_dir", *utils.changeable_flags()}
     args = {key: value for key, value in run["args"].items() if key not in same}
-    return json.dumps([run["method"], run["epochs"], args], sort_keys=True)
+    data = {key: value for key, value in run.get("data", {}).items() if key != "labels"}  # noisy ones differ by seed
+    return json.dumps([run["method"], run["epochs"], args, data, run.get("sampling")], sort_keys=True)
 
 
 def grouped(runs):
@@ -133,12 +136,20 @@ def sampled(run):
     return f", snapshots {args['params_start']} to {args['params_end'] - 1}{step}"
 
 
+# what the published runs have in common, and their schedules
+PUBLISHED = {"momentum": 0.9, "weight_decay": 1e-4, "accumulate": 1, "half": False, "smalldatasets": None, "alpha": 0.0,
+             "samples_per_epoch": 1, "start_epoch": 0, "snapshot_dtype": "float32", "pretrained": False}
+MILESTONES = {("sgd", "CIFAR10"): [100, 150], ("sgd", "CIFAR100"): [150], ("psgd", "CIFAR10"): [30, 50]}
+
+
 def on_record(run):
-    """The entry of results/targets.json for the run's setting, on the full data set; None without one."""
-    values = {**run["args"], **run, "label": label(run)}
+    """The reference result (results/targets.json) of the run's setting; None unless all that matters agrees."""
+    values = {**run["args"], **run, "label": label(run), "processes": run["hardware"].get("processes", 1)}
+    wanted = {**PUBLISHED, "processes": 1, "milestones": MILESTONES.get((run["method"], run["dataset"]))}
     for target in load_json(TARGETS)["targets"]:
-        wanted = {key: value for key, value in target.items() if key not in ("table", "source", "last", "best")}
-        if not part(run) and all(values.get(key) == value for key, value in wanted.items()):
+        own = {key: value for key, value in target.items() if key not in ("table", "source", "last", "best")}
+        if all(values.get(key) == value if key in own else values.get(key, value) == value
+               for key, value in {**wanted, **own}.items()):
             return target
     return None
 
@@ -166,6 +177,8 @@ def table(runs):
         run = group[0]
         noise = f", {100 * run['corrupt']:g}% label noise" if run["corrupt"] else ""
         seeds = sorted(run["seed"] for run in group)
+        if len(set(seeds)) < len(seeds):
+            utils.note(f"a seed twice in one row: {', '.join(str(run['directory']) for run in group)}")
         seeds = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
         best_epochs = ", ".join(str(run["best_epoch"] or "-") for run in group)
         seconds = [statistics.fmean(run["seconds"][stage] for run in group) for stage in ("train", "eval", "basis")]

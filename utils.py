@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import re
@@ -61,7 +62,7 @@ def evaluate(run, args, data, model):
 
 def subspace(run, args, data, model):
     """The basis P of the window, as the optimisers take it; `model` is then the window's first snapshot."""
-    check_sampling(args, data)
+    sampling = check_sampling(args, data)
     w = flat_parameters(model)
     pca = args.basis == "pca"  # the others are for comparison, and made in memory
     # sharding costs two collectives of D numbers a step, a replicated P one of k numbers: worth it for memory only
@@ -79,10 +80,12 @@ def subspace(run, args, data, model):
         raise
     except ValueError as error:
         raise UserError(f"{error} (--n_components, --params_start, --params_end, --params_step)") from error
-    run.begin(data, w, snapshots=len(run.snapshots), explained=explained)
+    run.begin(data, w, snapshots=len(run.snapshots), explained=explained, sampling=sampling)
     return distributed.distribute(P, w.numel(), sharded)
 
 
+SAMPLING = ("optimizer", "lr", "batch_size", "momentum", "weight_decay", "milestones", "accumulate", "half",
+            "samples_per_epoch", "snapshot_dtype", "pretrained")
 MISMATCHES = ("datasets", "arch", "smalldatasets", "corrupt", "labels", "content")
 
 
@@ -107,13 +110,14 @@ def note(text):
 def check_sampling(args, data):
     """Raise UserError, naming each difference, unless the snapshots were sampled on the same data and network.
 
-    What --allow-mismatch names may differ. Prints a note if there is no record of the sampling run.
+    What --allow-mismatch names may differ. Returns how they were sampled, or None (and prints a note) if there is no
+    record of the run.
     """
     directory = Path(args.save_dir)
     record = load_json(directory / "sgd_args.json")
     if record is None:
         note(f"{directory} has no sgd_args.json: data and network of its snapshots are not compared with these flags")
-        return
+        return None
     then, now = ({**flags, "smalldatasets": flags.get("smalldatasets") or 1.0}
                  for flags in (record["args"], vars(args)))
     allowed = set(getattr(args, "allow_mismatch", ()))
@@ -131,6 +135,7 @@ def check_sampling(args, data):
     if wrong:
         raise UserError(f"the snapshots in --save-dir {directory} were sampled otherwise: {'; '.join(wrong)}; repeat "
                         "the flags of train_sgd.py, or name what is meant to differ in --allow-mismatch")
+    return {name: then.get(name) for name in SAMPLING}
 
 
 def make_loop(args, model, optimizer, network=None):
@@ -223,7 +228,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with the docstring of a script as its help, and errors of one line, exit status 2."""
 
     def __init__(self, doc):
-        description, example = doc.strip().split("\n\nExample", 1)
+        description, _, example = doc.strip().partition("\n\nExample")
         super().__init__(description=description, epilog="example" + example, formatter_class=HelpFormatter,
                          allow_abbrev=False)
 
@@ -276,9 +281,10 @@ def mismatches(value):
     return names
 
 
+@functools.cache
 def changeable_flags():
     """Names of the flags that may differ between runs of one experiment."""
-    return base_parser("\n\nExample", epochs=0, batch_size=0, lr=0, lr_help="")[0].parse_args([]).changeable
+    return base_parser("", epochs=0, batch_size=0, lr=0, lr_help="")[0].parse_args([]).changeable
 
 
 def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in all",

@@ -324,11 +324,11 @@ class Run:
         """Whether this run resumes: from --resume PATH, or with auto from its own checkpoint if it has left one."""
         return self.path("checkpoint.pt").is_file() if self.args["resume"] == "auto" else bool(self.args["resume"])
 
-    def begin(self, data, w, *, snapshots, explained=None, writes=0):
+    def begin(self, data, w, *, snapshots, explained=None, sampling=None, writes=0):
         """Print what is trained, and keep it for the summary.
 
-        `explained`: the variance shares of the basis, if any. `writes`: bytes of the snapshots to come; warns if the
-        free disk space is too small.
+        `explained`: the variance shares of the basis, if any; `sampling`: how its snapshots were made. `writes`: bytes
+        of the snapshots to come; warns if the free disk space is too small.
         """
         free = shutil.disk_usage(self.directory).free if distributed.rank() == 0 else math.inf
         writes += 6 * w.nbytes  # network and optimiser in a checkpoint, while the next one is written; final network
@@ -342,6 +342,7 @@ class Run:
             "parameters_trained": k or w.numel(),
             "n_components": k,
             "snapshots": snapshots,
+            **({"sampling": sampling} if sampling else {}),
             "explained_variance": {"total": sum(explained), "per_component": explained} if explained else None,
         }
         args = self.args
