@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
+from tqdm import tqdm
 
 import models
 import utils
@@ -63,7 +64,7 @@ def surface(model, w, at, P, axes, batches):
     model.train()
     losses = torch.zeros(len(axes[1]), len(axes[0]), dtype=torch.float64)
     origin = at - P[:2].T @ (P[:2] @ at)  # the plane's point at coordinates 0, 0, but for where training starts
-    for i, b in enumerate(axes[1]):
+    for i, b in enumerate(tqdm(axes[1], "loss surface", leave=False, disable=None)):
         for j, a in enumerate(axes[0]):
             w.copy_(origin + a * P[0] + b * P[1])
             losses[i, j] = sum(float(F.cross_entropy(model(x), y)) * len(y) for x, y in batches)
@@ -79,19 +80,23 @@ def main(args):
     model = models.get_model(args.arch, data.classes, args.datasets).to(device)
     utils.check_sampling(args, data)
     utils.check_snapshots(snapshot_paths(args.save_dir, range(args.params_start, last + 1)))
-    P, explained = pca_basis(load_window(snapshot_paths(args.save_dir, window), model, device), args.n_components)
+    k = args.n_components
+    if len(window) < 3:
+        raise UserError("--params_end: a window of 3 snapshots at least, for a plane to draw the loss surface over")
+    wide, explained = pca_basis(load_window(snapshot_paths(args.save_dir, window), model, device), max(2, k))
+    P, explained = wide[:k], explained[:k]
     w = flat_parameters(model)
     start = w.clone()
 
     path, distances = [], []  # theta (k,) of each snapshot; how far it is from the start, and from the subspace
-    for i in range(args.params_start, last + 1):
+    for i in tqdm(range(args.params_start, last + 1), "snapshots", leave=False, disable=None):
         state, _ = read_snapshot(Path(args.save_dir) / f"{i}.pt", model)
         step = flat(state, model).to(device) - start
-        path.append(P @ step)
-        distances.append((float(step.norm()), float((step - P.T @ path[-1]).norm())))
+        path.append(wide @ step)
+        distances.append((float(step.norm()), float((step - P.T @ path[-1][:k]).norm())))
     model.load_state_dict(state)
     accuracy = {"last_snapshot": engine.evaluate(model, data.test.epoch(0))["accuracy"]}
-    w.copy_(start + P.T @ path[-1])
+    w.copy_(start + P.T @ path[-1][:k])
     accuracy["projected"] = engine.evaluate(model, data.test.epoch(0))["accuracy"]
     update_bn(data.train.epoch(0), model)
     accuracy["projected_own_statistics"] = engine.evaluate(model, data.test.epoch(0))["accuracy"]
@@ -100,7 +105,7 @@ def main(args):
               "distance_from_start": [d for d, _ in distances], "distance_from_subspace": [d for _, d in distances],
               "args": vars(args), "command": command_line(), **provenance(device)}
     far, outside = distances[-1]
-    print(f"snapshot {last} is {far:.2f} from the start and {outside:.2f} from the {args.n_components} dimensions "
+    print(f"snapshot {last} is {far:.2f} from the start and {outside:.2f} from the {k} dimensions "
           f"({100 * outside / far:.0f}%)")
     print(f"test accuracy: {accuracy['last_snapshot']:.2f}%; projected {accuracy['projected']:.2f}%, with its own "
           f"batch-norm statistics {accuracy['projected_own_statistics']:.2f}%")
@@ -111,7 +116,8 @@ def main(args):
     xy = torch.tensor([point for group in lines.values() for line in group for point in line])
     margin = 0.15 * (xy.amax(0) - xy.amin(0)) + 1e-6
     axes = [torch.linspace(float(xy[:, i].min() - margin[i]), float(xy[:, i].max() + margin[i]), GRID) for i in (0, 1)]
-    losses = surface(model, w, start + P.T @ path[-1], P, [axis + float(P[i] @ start) for i, axis in enumerate(axes)],
+    losses = surface(model, w, start + P.T @ path[-1][:k], wide,
+                     [axis + float(wide[i] @ start) for i, axis in enumerate(axes)],
                      held(data.train.epoch(0), args.samples))
     result |= {"paths": lines, "axes": [axis.tolist() for axis in axes], "losses": losses.tolist()}
     if args.json:
@@ -128,7 +134,7 @@ def read_path(file):
     if not all("theta" in line for line in lines) or load_json(file.with_name(file.name.replace(
             "_log.jsonl", "_args.json"))).get("args", {}).get("basis", "pca") != "pca":
         raise UserError(f"--runs: {file} has no theta in the principal directions")
-    return [[0.0, 0.0], *(line["theta"][:2] for line in lines)]
+    return [[0.0, 0.0], *([*line["theta"], 0.0][:2] for line in lines)]
 
 
 def held(batches, samples):

@@ -31,11 +31,12 @@ from dldr.errors import UserError
 
 
 def write_atomically(path, data):
-    """Atomic write (temporary file, fsync, rename) of bytes, on rank 0."""
+    """Atomic write (temporary file, fsync, rename) of bytes, on rank 0, in a folder that is made if need be."""
     if distributed.rank():
         return path
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()

@@ -188,3 +188,16 @@ def test_a_pickled_model_is_refused_by_its_name(tmp_path):
     with pytest.raises(UserError, match="holds a pickled torch.nn.modules.linear.Linear") as error:
         checkpoint.load_file(tmp_path / "model.pt", "state dict")
     assert "truncated" not in str(error.value)
+
+
+@pytest.mark.parametrize("components", ["1", "2"])
+def test_trajectory_of_one_component_and_into_new_folders(sampled, tmp_path, components, monkeypatch):
+    monkeypatch.setattr(trajectory, "GRID", 3)
+    in_subspace(train_psgd, sampled, tmp_path / "p", "--n_components", components)
+    flags = ["--datasets", "digits", "--arch", "resnet8", "--smalldatasets", "0.3", "--params_end", "4", "--samples",
+             "8", "--n_components", components, "--save-dir", str(sampled), "--device", "cpu", "--runs",
+             str(tmp_path / "p"), "--json", str(tmp_path / "new" / "t.json"), "--figure",
+             str(tmp_path / "fig" / "t.png")]
+    result = trajectory.main(trajectory.parse_args(flags))
+    assert (tmp_path / "new" / "t.json").is_file() and (tmp_path / "fig" / "t.png").is_file()
+    assert all(len(point) == 2 for lines in result["paths"].values() for line in lines for point in line)
