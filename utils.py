@@ -278,7 +278,7 @@ def mismatches(value):
 
 def changeable_flags():
     """Names of the flags that may differ between runs of one experiment."""
-    return base_parser("\n\nExample", epochs=0, batch_size=0, lr=0, lr_help="")[0].parse_args([]).changeable
+    return base_parser(".\n\nExample", epochs=0, batch_size=0, lr=0, lr_help="")[0].parse_args([]).changeable
 
 
 def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in all",
