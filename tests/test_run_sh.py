@@ -1,140 +1,201 @@
-"""run.sh with a stand-in for python that notes its arguments: stages, their order, and how a failure ends it."""
+"""recipes.py: commands that the scripts take, and the published ones; run.sh, with a stand-in for python."""
+import json
 import os
-import shlex
+import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
 
+import recipes
+import report
 import train_pbfgs
 import train_psgd
 import train_sgd
 import trajectory
 import utils
 
+SCRIPTS = {f"{module.__name__}.py": module for module in (train_sgd, train_pbfgs, train_psgd, trajectory, report)}
+VARIABLES = ("SCALE", "SEEDS", "CORRUPT", "MODELS", "FLAGS", "PRETRAINED", "SAVE_ROOT", "FORCE", "NPROC")
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def parsed(table, scale="full"):
+    """(script, its arguments as it parses them, its directory) of the runs of a table."""
+    made = recipes.runs(table, scale)
+    return [(run.command[0], SCRIPTS[run.command[0]].parse_args(run.command[1:]), str(run.directory)) for run in made]
+
+
+def has(args, **values):
+    return {name: getattr(args, name) for name in values} == values
+
+
+EVERY = list(dict.fromkeys((row[0], scale) for row in recipes.TABLES for scale in row[2].split()))
+
+
+@pytest.mark.parametrize("table, scale", EVERY)
+def test_every_command_is_valid(table, scale):
+    """Its script takes it; its window is of snapshots that an earlier command samples, with the same data and seed."""
+    sampled, directories = {}, []
+    for script, args, directory in parsed(table, scale):
+        if script == "train_sgd.py":
+            sampled[args.save_dir] = args
+        before = sampled[args.save_dir]
+        if script != "train_sgd.py":
+            assert utils.window_indices(args)[-1] <= before.epochs * before.samples_per_epoch
+        for name in ("datasets", "arch", "corrupt", "randomseed", "smalldatasets"):
+            assert getattr(args, name) == getattr(before, name) or (table, name) == ("transfer", "smalldatasets")
+        assert directory == (getattr(args, "output_dir", None) or args.save_dir) or script == "trajectory.py"
+        assert table in recipes.ONE_DIRECTORY or f"{args.arch}_c{args.corrupt:g}_seed{args.randomseed}" in directory
+        directories.append((directory, script))
+    assert len(directories) == len(set(directories))
+    *_, (script, *argv) = recipes.commands(table, scale)
+    assert script == "report.py" and report.parse_args(argv).figures == argv[0] and table in recipes.ABOUT
+
+
+def test_demo_is_the_published_one(monkeypatch):
+    (_, sgd, _), (_, pbfgs, _), (_, psgd, _) = parsed("demo")
+    for args in (sgd, pbfgs, psgd):
+        assert has(args, datasets="CIFAR10", corrupt=0.2, arch="resnet20", save_dir="save_labelnoise0.2_resnet20")
+    assert has(sgd, epochs=150, lr=0.1, batch_size=128, milestones=[100, 150], randomseed=1)
+    assert has(pbfgs, epochs=20, batch_size=1024, lr=1, n_components=40, params_start=0, params_end=81, output_dir=None)
+    assert has(psgd, epochs=40, batch_size=128, lr=1, n_components=40, params_start=0, params_end=81, output_dir=None)
+    monkeypatch.setenv("CORRUPT", "0")
+    monkeypatch.setenv("MODELS", "resnet20 resnet32")
+    monkeypatch.setenv("SEEDS", "1 2")
+    assert [args.save_dir for _, args, _ in parsed("demo")[::3]] == [
+        f"save_labelnoise0_{arch}{seed}" for seed in ("", "_seed2") for arch in ("resnet20", "resnet32")]
+
+
+def test_zoo_is_eleven_networks_on_cifar100():
+    runs = [args for _, args, _ in parsed("zoo")]
+    assert len({args.arch for args in runs}) == 11
+    assert all(has(args, datasets="CIFAR100", epochs=200, milestones=[150]) for args in runs[::3])
+    assert all(has(args, params_start=0, params_end=101, n_components=40) for args in runs[1::3] + runs[2::3])
+
+
+@pytest.mark.parametrize("weights", [None, "the weights.pt"])
+def test_imagenet_and_finetune_are_the_published_recipes(monkeypatch, weights):
+    monkeypatch.setenv("FLAGS", "--half --workers 8")
+    if weights:
+        monkeypatch.setenv("PRETRAINED", weights)
+    (_, sgd, _), (_, pbfgs, _) = parsed("imagenet")
+    assert has(sgd, datasets="ImageNet", arch="resnet18", epochs=90, batch_size=256, lr=0.1, milestones=[30, 60],
+               samples_per_epoch=6, half=True, workers=8, pretrained=False)
+    assert has(pbfgs, epochs=4, batch_size=256, n_components=120, half=True)
+    assert utils.window_indices(pbfgs) == range(0, 241, 2)
+    (_, sgd, _), *windows = parsed("finetune")
+    assert has(sgd, lr=0.005, epochs=15, samples_per_epoch=6, pretrained=weights or True, milestones=[30, 60])
+    assert [(utils.window_indices(args), args.n_components) for _, args, _ in windows] == [
+        (range(1, 31, 2), 14), (range(1, 61, 2), 29), (range(1, 91, 2), 30)]
+    assert all(has(args, epochs=1, batch_size=256) for _, args, _ in windows)
+
+
+def test_transfer_trains_on_ten_times_the_samples():
+    runs = [args for _, args, _ in parsed("transfer")]
+    assert [args.randomseed for args in runs] == [1, 1, 2, 2, 3, 3]
+    assert all(has(args, arch="resnet8", epochs=30, smalldatasets=0.1) for args in runs[::2])
+    assert all(has(args, arch="resnet8", epochs=3, smalldatasets=None, allow_mismatch=["smalldatasets"],
+                   n_components=15) for args in runs[1::2])
+
+
+def test_tenth_is_the_papers_schedule():
+    runs = {(script, args.corrupt, vars(args).get("optimizer") or args.n_components, vars(args).get("basis", "pca"),
+             args.randomseed): args
+            for table, scale in EVERY if scale == "tenth" for script, args, _ in parsed(table, scale)}
+    seeds = [(0, 1), (0, 2), (0, 3), (0.2, 1), (0.4, 1), (0.4, 2), (0.4, 3)]
+    assert runs.keys() == {
+        *((script, c, what, "pca", seed) for c, seed in seeds for script, what in (
+            ("train_sgd.py", "sgd"), ("train_psgd.py", 40), ("train_pbfgs.py", 40))),
+        ("train_sgd.py", 0, "adam", "pca", 1), *(("train_psgd.py", 0, k, "pca", 1) for k in (5, 15, 25)),
+        *(("train_psgd.py", 0, 40, basis, 1) for basis in ("random", "snapshots"))}
+    for (script, *_), args in runs.items():
+        assert has(args, arch="resnet20", smalldatasets=0.1, datasets="CIFAR10")
+        assert has(args, **{"train_sgd.py": {"epochs": 150, "milestones": [100, 150]},
+                            "train_psgd.py": {"epochs": 40, "batch_size": 128, "params_end": 81},
+                            "train_pbfgs.py": {"epochs": 98, "batch_size": 512, "params_end": 81}}[script])
+
+
+@pytest.mark.parametrize("table", ["cifar10", "noise", "dims", "basis", "trajectory"])
+def test_committed_results_are_of_these_recipes(table):
+    made = {}
+    for path in (ROOT / "results" / f"{table}-cpu").rglob("*_args.json"):
+        made["/".join(path.parts[-3:-1])] = json.loads(path.read_text())["args"]
+    runs = {directory: vars(args) for script, args, directory in parsed(table, "cpu") if script != "trajectory.py"}
+    assert runs.keys() == {f"runs/cpu/{directory}" for directory in made}
+    for directory, then in made.items():
+        now = runs[f"runs/cpu/{directory}"]
+        flags = now.keys() & then.keys() - {"save_dir", "conv_tf32", *utils.changeable_flags()}  # made on a CPU
+        assert len(flags) > 15 and {name: now[name] for name in flags} == {name: then[name] for name in flags}
+
 
 @pytest.fixture
 def shell(tmp_path):
-    """run(argv, fail=None, **environment) -> (status, the stages that were called, as lists of arguments)."""
-    calls = tmp_path / "calls"
-    stub = tmp_path / "python"
-    stub.write_text(
-        '#!/bin/bash\n[[ $1 == -c ]] && exit 0\n'
-        f'echo "${{@:2}}" >> {shlex.quote(str(calls))}\n'
-        '[[ $2 == "$FAIL" ]] && exit 7\n'
-        'while [[ $# -gt 1 ]]; do\n'
-        '  [[ $1 != --output-dir && $1 != --save-dir ]] || out=$2; [[ $1 != --json ]] || touch "$2"; shift\n'
-        'done\n'
-        '[[ -z $out ]] || { mkdir -p "$out"; touch "$out/a.json" "$out/a.jsonl" "$out/0.pt"; }\n'
-    )
+    """run(argv, fail=None, **environment) -> (status, the stages that were called, as lists of arguments, stderr)."""
+    calls, stub, root = tmp_path / "calls", tmp_path / "python", tmp_path / "the runs"
+    stub.write_text(f"""#!/bin/bash
+        [[ $1 == recipes.py ]] && exec "{sys.executable}" "$@"
+        (IFS=$'\t'; echo "$*" >> "{calls}")
+        [[ $1 == -c ]] && exit 0
+        [[ $2 == recipes.py ]] && exec "{sys.executable}" "$@"
+        [[ $2 == "$FAIL" ]] && exit 7
+        while (($# > 1)); do
+            [[ $1 != --output-dir && $1 != --save-dir ]] || out=$2
+            [[ $1 != --json ]] || touch "$2"
+            shift
+        done
+        [[ -z $out ]] || {{ mkdir -p "$out"; touch "$out/a.json" "$out/a.jsonl" "$out/0.pt"; }}
+    """)
     stub.chmod(0o755)
 
-    def run(*argv, fail="none", **environment):
+    def run(*argv, start=(ROOT / "run.sh",), fail="none", **environment):
         calls.unlink(missing_ok=True)
-        others = ("DATASETS", "MODELS", "CORRUPT", "SEED", "FORCE", "NPROC", "FLAGS", "PRETRAINED")
-        env = {k: v for k, v in os.environ.items() if k not in others}
-        env = {**env, "PYTHON": str(stub), "SAVE_ROOT": str(tmp_path / "runs"), "FAIL": fail, **environment}
-        done = subprocess.run([ROOT / "run.sh", *argv], env=env, capture_output=True, text=True)
-        return done.returncode, [line.split() for line in calls.read_text().splitlines()] if calls.exists() else []
+        env = {**os.environ, "PYTHON": str(stub), "SAVE_ROOT": str(root), "FAIL": fail, **environment}
+        done = subprocess.run([*start, *argv], env=env, cwd=tmp_path, capture_output=True, text=True)
+        lines = [line.split("\t") for line in calls.read_text().splitlines()] if calls.exists() else []
+        return done.returncode, [line[1:] for line in lines if line[0] == "-u"], done.stderr
 
     return run
 
 
-def test_syntax():
-    assert subprocess.run(["bash", "-n", ROOT / "run.sh"]).returncode == 0
+@pytest.mark.parametrize("argv", [["fast"], ["table"], ["table", "cifr10"], ["table", "zoo"], ["table-noise"]])
+def test_a_name_that_does_not_exist_is_answered_in_one_line_at_once(shell, tmp_path, argv):
+    status, calls, err = shell(*argv, SCALE="cpu")
+    assert status == 2 and "error: " in err and err.count("\n") == 1 and not (tmp_path / "calls").exists()
 
 
-def test_demo_is_the_published_one(shell, tmp_path):
-    status, (sgd, pbfgs, psgd, report) = shell(CORRUPT="0.2")
-    assert status == 0 and [call[0] for call in (sgd, pbfgs, psgd, report)] == [
-        "train_sgd.py", "train_pbfgs.py", "train_psgd.py", "report.py"]
-    args = train_sgd.parse_args(sgd[1:])
-    assert (args.epochs, args.lr, args.corrupt, args.arch, args.datasets) == (150, 0.1, 0.2, "resnet20", "CIFAR10")
-    assert args.save_dir == str(tmp_path / "runs" / "save_labelnoise0.2_resnet20")
-    args = train_pbfgs.parse_args(pbfgs[1:])
-    assert (args.epochs, args.batch_size, args.n_components) == (20, 1024, 40)
-    assert (args.params_start, args.params_end) == (0, 81)
-    args = train_psgd.parse_args(psgd[1:])
-    assert (args.epochs, args.batch_size, args.lr, args.params_end, args.corrupt) == (40, 128, 1, 81, 0.2)
-
-
-def test_demo_loops_over_models_and_knows_cifar100(shell):
-    status, calls = shell(DATASETS="CIFAR100", MODELS="resnet20 resnet32")
-    assert status == 0 and len(calls) == 8
-    archs = [train_sgd.parse_args(call[1:]) for call in calls[::4]]
-    assert [(a.arch, a.epochs, a.milestones) for a in archs] == [("resnet20", 200, [150]), ("resnet32", 200, [150])]
-    assert train_psgd.parse_args(calls[2][1:]).params_end == 101
-
-
-def test_imagenet_is_the_published_recipe(shell):
-    status, (sgd, pbfgs, _) = shell("imagenet", FLAGS="--half --workers 8")
-    assert status == 0
-    args = train_sgd.parse_args(sgd[1:])
-    assert (args.datasets, args.arch, args.epochs, args.batch_size, args.lr) == ("ImageNet", "resnet18", 90, 256, 0.1)
-    assert (args.milestones, args.samples_per_epoch, args.half, args.workers) == ([30, 60], 6, True, 8)
-    args = train_pbfgs.parse_args(pbfgs[1:])
-    assert (args.epochs, args.batch_size, args.n_components, args.half) == (4, 256, 120, True)
-    assert len(utils.window_indices(args)) == 121 and args.save_dir == train_sgd.parse_args(sgd[1:]).save_dir
-
-
-@pytest.mark.parametrize("weights", [None, "weights.pt"])
-def test_finetune_has_windows_for_its_components(shell, weights):
-    status, calls = shell("finetune", **({"PRETRAINED": weights} if weights else {}))
-    assert status == 0
-    args = train_sgd.parse_args(calls[0][1:])
-    assert (args.lr, args.epochs, args.samples_per_epoch, args.pretrained) == (0.005, 15, 6, weights or True)
-    windows = [train_pbfgs.parse_args(call[1:]) for call in calls[1:4]]  # which refuses k > n - 1
-    assert [(a.params_start, a.params_end, a.n_components) for a in windows] == [(1, 31, 29), (1, 61, 30), (1, 91, 30)]
-    assert all(a.epochs == 1 and a.batch_size == 256 for a in windows)
-
-
-def test_nproc_trains_through_torchrun(shell):
-    status, calls = shell("quick", NPROC="gpu")
-    assert status == 0
+def test_stages_run_in_order_resume_unless_forced_and_go_through_torchrun(shell, tmp_path):
+    stages = [list(command) for command in recipes.commands("quick", "full")]
+    stages = [[word.replace("runs/quick", f"{tmp_path}/the runs/quick") for word in stage] for stage in stages]
+    assert shell("quick")[:2] == (0, [stage + ["--resume", "auto"] for stage in stages[:3]] + stages[3:])
+    assert shell("quick", FORCE="1")[:2] == (0, [stage + ["--overwrite"] for stage in stages[:3]] + stages[3:])
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=gpu"]
-    assert [call[:4] == launch for call in calls] == [True, True, True, False]
-    assert [call[4] for call in calls[:3]] == ["train_sgd.py", "train_pbfgs.py", "train_psgd.py"]
+    assert [call[:5] for call in shell("quick", NPROC="gpu")[1][:3]] == [[*launch, stage[0]] for stage in stages[:3]]
+    assert shell(CORRUPT="0")[1][0][-3].endswith("/the runs/save_labelnoise0_resnet20")
+    assert (tmp_path / "the runs" / "log_resnet20").read_text().startswith("+ python train_sgd.py --datasets CIFAR10")
 
 
-def test_cifar100_is_the_published_list_into_one_table(shell, tmp_path):
-    status, calls = shell("cifar100")
-    assert status == 0 and len(calls) == 11 * 4 + 1
-    names = [train_sgd.parse_args(call[1:]).arch for call in calls[:-1:4]]
-    assert names == ("vgg11 densenet121 efficientnet googlenet inceptionv3 mobilenet nasnet seresnet18 shufflenetv2 "
-                     "squeezenet xception").split()
-    args = train_sgd.parse_args(calls[0][1:])
-    assert (args.datasets, args.epochs, args.milestones) == ("CIFAR100", 200, [150])
-    for call, script in zip(calls[1:3], (train_pbfgs, train_psgd), strict=True):
-        args = script.parse_args(call[1:])
-        assert (args.params_start, args.params_end, args.n_components, args.arch) == (0, 101, 40, "vgg11")
-    directories = [train_sgd.parse_args(call[1:]).save_dir for call in calls[:-1:4]]
-    assert calls[-1] == ["report.py", *directories, "--table", str(tmp_path / "runs" / "cifar100.md")]
-    _, calls = shell("cifar100", MODELS="mobilenet")
-    assert len(calls) == 5
-
-
-def test_quick_is_digits_in_15_dimensions(shell):
-    status, calls = shell("quick")
-    scripts = [call[0] for call in calls]
-    assert status == 0 and scripts == ["train_sgd.py", "train_pbfgs.py", "train_psgd.py", "report.py"]
-    for script, call in zip((train_pbfgs, train_psgd), calls[1:3], strict=True):
-        args = script.parse_args(call[1:])
-        assert (args.datasets, args.arch, args.n_components) == ("digits", "resnet8", 15)
+def test_a_table_is_published_without_weights(shell, tmp_path):
+    status, calls, _ = shell("table", "trajectory", SCALE="cpu", SEEDS="1 2")
+    assert status == 0 and len(calls) == 2 * 4 + 2 and calls[-2] == ["recipes.py", "publish", "trajectory"]
+    published = tmp_path / "the runs" / "cpu" / "tables" / "trajectory"
+    files = {str(path.relative_to(published)) for path in published.rglob("*") if path.is_file()}
+    of_runs = [f"{run}/a.{kind}" for run in ("sgd", "psgd_k15", "pbfgs_k15") for kind in ("json", "jsonl")]
+    assert files == {f"CIFAR10_resnet8_c0_seed{seed}/{file}" for seed in (1, 2)
+                     for file in ("trajectory.json", "log_resnet8", *of_runs)}
 
 
 @pytest.mark.parametrize("stage, before", [("train_sgd.py", 0), ("train_pbfgs.py", 1), ("report.py", 3)])
 def test_a_failing_stage_stops_the_script_with_its_status(shell, stage, before):
-    """Through `tee`: without pipefail the status would be tee's, 0, and the next stages would run."""
-    status, calls = shell("quick", fail=stage)
+    status, calls, _ = shell("quick", fail=stage)
     assert status == 7 and len(calls) == before + 1 and calls[-1][0] == stage
-
-
-def test_stages_go_on_where_they_stopped_unless_forced(shell):
-    _, calls = shell("quick")
-    assert [call[-2:] == ["--resume", "auto"] for call in calls] == [True, True, True, False]
-    _, calls = shell("quick", FORCE="1")
-    assert not any("--resume" in call for call in calls)
 
 
 @pytest.mark.parametrize("name, to", [("TERM", os.kill), ("TERM", os.killpg), ("INT", os.killpg), ("HUP", os.kill)])
@@ -143,6 +204,7 @@ def test_a_signal_reaches_the_script_once_and_its_last_words_are_kept(tmp_path, 
     stub = tmp_path / "python"
     stub.write_text("""#!/bin/bash
         [[ $1 == -c ]] && exit 0
+        [[ $1 == recipes.py ]] && exec python3 "$@"
         noted() { echo "got $1"; got+=$1; }
         trap 'noted TERM' TERM; trap 'noted INT' INT
         echo ready
@@ -159,103 +221,41 @@ def test_a_signal_reaches_the_script_once_and_its_last_words_are_kept(tmp_path, 
     out, _ = shell.communicate(timeout=30)
     got = "INT" if name == "INT" else "TERM"
     assert shell.returncode == 77 and out.split("\n") == [f"got {got}", f"last words after {got}", ""]
-    assert out in (tmp_path / "quick" / "log").read_text()
+    assert out in (tmp_path / "log_resnet8").read_text()
 
 
-SCRIPTS = {f"{script.__name__}.py": script for script in (train_sgd, train_pbfgs, train_psgd)}
+def test_it_runs_by_sh_through_a_link_and_from_a_clone_with_crlf(shell, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "first").symlink_to(ROOT / "run.sh")
+    (tmp_path / "second").symlink_to("bin/first")
+    (clone := tmp_path / "clone").mkdir()
+    for name in ("run.sh", "recipes.py", ".gitattributes"):
+        shutil.copy(ROOT / name, clone)
+    for git in ("init -q", "add .", "config core.autocrlf true", "checkout-index -a --prefix=crlf/"):
+        subprocess.run(["git", "-C", clone, *git.split()], check=True)
+    for start in (["sh"], ["bash", "--posix"]):
+        assert shell("quick", start=[*start, ROOT / "run.sh"])[0] == 0
+    for start in (tmp_path / "second", clone / "crlf" / "run.sh"):
+        assert shell("quick", start=[start])[0] == 0
+    assert b"\r" not in (clone / "crlf" / "run.sh").read_bytes()
 
 
-@pytest.mark.parametrize("scale", ["full", "cpu"])
-@pytest.mark.parametrize("table, runs", [
-    ("cifar10", {"full": 4, "cpu": 4}), ("cifar100", {"full": 4, "cpu": 4}), ("noise", {"full": 24, "cpu": 9}),
-    ("dims", {"full": 10, "cpu": 6}), ("basis", {"full": 4, "cpu": 4}), ("sampling", {"full": 9, "cpu": 7})])
-def test_tables_run_each_setting_for_each_seed(shell, tmp_path, scale, table, runs):
-    """All stages have valid arguments, a directory of their own beside their SGD run's, and a place in the table."""
-    status, calls = shell(f"table-{table}", SCALE=scale, SEEDS="1 2")
-    assert status == 0 and len(calls) == 2 * runs[scale] + 1
-    directories = set()
-    for name, *argv in calls[:-1]:
-        args = SCRIPTS[name].parse_args(argv)
-        assert args.smalldatasets == {"full": None, "cpu": 0.2}[scale]
-        assert args.datasets == ("CIFAR100" if table == "cifar100" else "CIFAR10")
-        directory = getattr(args, "output_dir", args.save_dir)
-        assert f"_c{args.corrupt:g}_seed{args.randomseed}/" in directory
-        assert directory.rsplit("/", 1)[0] == args.save_dir.rsplit("/", 1)[0]
-        if table != "sampling" and name != "train_sgd.py":
-            end = {"full": 101 if table == "cifar100" else 81, "cpu": 21}[scale]
-            assert (args.params_start, args.params_end) == (0, end)
-        directories.add(directory)
-    assert len(directories) == 2 * runs[scale]
-    published = tmp_path / "runs" / scale / "tables" / table
-    assert calls[-1][:2] == ["report.py", str(published)]
-    copied = {str(path.parent.relative_to(published)) for path in published.rglob("*.json")}
-    assert copied == {"/".join(directory.split("/")[-2:]) for directory in directories}
-    assert not list(published.rglob("*.pt"))
+def test_help_says_what_each_table_needs_by_the_standard_library_alone(tmp_path):
+    (tmp_path / "python").write_text(f'#!/bin/bash\nexec "{sys.executable}" -I -S "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run([ROOT / "run.sh", "--help"], env={**os.environ, "PYTHON": str(tmp_path / "python")},
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "./run.sh table NAME" in done.stdout
+    assert all(text in done.stdout for text in recipes.ABOUT.values()) and recipes.NEEDS in done.stdout
 
 
-def test_trajectory_draws_the_runs_it_made(shell, tmp_path):
-    status, calls = shell("trajectory", SCALE="cpu")
-    assert status == 0 and [call[0] for call in calls] == [
-        "train_sgd.py", "train_psgd.py", "train_pbfgs.py", "trajectory.py", "report.py"]
-    args = trajectory.parse_args(calls[3][1:])
-    assert args.runs == [SCRIPTS[call[0]].parse_args(call[1:]).output_dir for call in calls[1:3]]
-    assert (args.save_dir, args.n_components, args.params_end) == (
-        train_sgd.parse_args(calls[0][1:]).save_dir, 15, 21)
+def test_other_systems_are_refused_in_one_line(shell, tmp_path):
+    (tmp_path / "uname").write_text("#!/bin/sh\necho MINGW64_NT-10.0\n")
+    (tmp_path / "uname").chmod(0o755)
+    status, calls, err = shell("quick", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert status == 1 and not calls and err.count("\n") == 1 and "Linux and macOS only" in err
 
 
-def test_driver_runs_all_tables_once_and_stops_in_time(tmp_path):
-    """A stub that takes its time in one stage and saves nothing when it is stopped: the next call goes on there."""
-    stub, calls = tmp_path / "python", tmp_path / "calls"
-    stub.write_text(f"""#!/bin/bash
-        [[ $1 == -c ]] && exit 0
-        echo "${{@:2}}" >> {shlex.quote(str(calls))}
-        trap 'echo stopped; exit 143' TERM
-        [[ $* != *"$SLOW"* ]] || for i in {{1..200}}; do sleep 0.05; done
-        [[ $* != *"$FAIL"* ]] || exit 7
-        name=${{2#train_}}
-        while (($# > 1)); do
-            [[ $1 != --output-dir && $1 != --save-dir ]] || out=$2; [[ $1 != --json ]] || touch "$2"; shift
-        done
-        [[ -z $out || $name == trajectory.py ]] || {{
-            mkdir -p "$out"; touch "$out/${{name%.py}}_summary.json" "$out/${{name%.py}}_log.jsonl"; }}
-    """)
-    stub.chmod(0o755)
-
-    def drive(slow="none", fail="none", **more):
-        calls.unlink(missing_ok=True)
-        env = {k: v for k, v in os.environ.items() if k != "FORCE"} | {
-            "PYTHON": str(stub), "SAVE_ROOT": str(tmp_path / "runs"), "SCALE": "cpu", "SEEDS": "1 2", "SLOW": slow,
-            "FAIL": fail, "LIMIT": "60"} | more
-        done = subprocess.run([ROOT / "run.sh", "evidence"], env=env, capture_output=True, text=True, timeout=100)
-        return done, calls.read_text().splitlines() if calls.exists() else []
-
-    done, first = drive(slow="--optimizer adam", LIMIT="2")
-    assert done.returncode == 75 and "stopped" in done.stdout and "call it again" in done.stdout
-    assert [call.split()[0] for call in first] == ["train_sgd.py", "train_sgd.py"]
-    done, failed = drive(fail="train_pbfgs.py")
-    assert done.returncode == 7 and failed[0] == first[1] and failed[-1].startswith("train_pbfgs.py")
-    done, rest = drive()
-    assert done.returncode == 0 and rest[0] == failed[-1]
-    runs = [call for call in first[:1] + failed[:-1] + rest if call.startswith("train_")]
-    assert len(runs) == len(set(runs))  # nothing twice
-    reports = [call.split()[1].rsplit("/", 1)[1] for call in rest if call.startswith("report.py")]
-    assert reports == ["cifar10", "cifar100", "noise", "cifar10", "cifar100", "noise", "basis", "dims", "sampling",
-                       "trajectory"]
-    assert not any("randomseed 2" in call for call in rest[: next(
-        i for i, call in enumerate(rest) if call.startswith("report.py") and "noise" in call.split()[1])])
-    assert len(list((tmp_path / "runs/cpu/tables/trajectory").rglob("trajectory.json"))) == 2
-    assert drive()[1] == []
-    assert drive(FORCE="1")[0].returncode == drive(LIMIT="soon")[0].returncode == 2
-
-
-def test_a_table_that_does_not_exist(shell):
-    assert shell("table-imagenet") == (2, []) and shell("table-noise", SCALE="huge") == (2, [])
-
-
-def test_unknown_command_is_usage(shell):
-    status, calls = shell("fast")
-    assert status == 2 and not calls
-
-
-def test_test_passes_arguments_to_pytest(shell):
-    assert shell("test", "-k", "basis") == (0, [["pytest", "-k", "basis"]])
+def test_test_passes_arguments_to_pytest(shell, tmp_path):
+    assert shell("test", "-k", "basis")[0] == 0
+    assert (tmp_path / "calls").read_text().splitlines()[-1] == "-m\tpytest\t-k\tbasis"
