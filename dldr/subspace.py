@@ -332,8 +332,8 @@ class ProjectedBFGS(ProjectedOptimizer):
         return d, float(g @ d)
 
     @torch.no_grad()
-    def search(self, f: float, trial_loss: Callable[[], Tensor], gradient: Tensor | None = None) -> Search:
-        """One iteration from the loss f at w and its gradient (D,), by default the one that the parameters hold.
+    def search(self, f: float | None, trial_loss: Callable[[], Tensor], gradient: Tensor | None = None) -> Search:
+        """One iteration from the loss f at w (None: evaluate it too) and its gradient (D,), by default the parameters'.
 
         trial_loss() evaluates the same mini-batch's loss at the current w, a scalar. Trials leave no trace in the
         model's buffers. Raises FloatingPointError, with w as it was, if the search ends on a loss that is not finite.
@@ -356,6 +356,8 @@ class ProjectedBFGS(ProjectedOptimizer):
                 module._buffers[name] = buffer.copy_(value)
             return loss
 
+        if f is None:
+            f = loss_at(0)
         search = armijo(loss_at, f, slope, first=options["lr"], rho=options["rho"], sigma=options["sigma"],
                         max_trials=options["max_trials"])
         if not math.isfinite(search.loss):

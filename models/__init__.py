@@ -6,6 +6,7 @@ import difflib
 import importlib
 import pickle
 
+import torch
 from torch import nn
 
 from dldr import distributed
@@ -65,6 +66,18 @@ def constructor(arch):
     return importlib.import_module(f"models.{family}").MODELS[arch]
 
 
+def check_output(model, arch, num_classes, size):
+    """Raise UserError unless `model` is a network whose training output has one column per class; changes nothing."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"--arch {arch}: the function returned a {type(model).__name__}, not a torch.nn.Module")
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad():
+        out = torch.func.functional_call(model.train(), buffers, torch.zeros(2, 3, size, size))
+    found = f"{tuple(out.shape)} logits" if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
+    if found != f"(2, {num_classes}) logits":
+        raise UserError(f"--arch {arch}: for 2 images and {num_classes} classes the network returned {found}")
+
+
 def on_device(model, device, sync_bn=False):
     """`model` on `device`, its batch norm synchronised over the ranks if so wanted."""
     if sync_bn and distributed.world_size() > 1:
@@ -87,7 +100,10 @@ def get_model(arch, num_classes, dataset="CIFAR10", pretrained=None):
     if dataset != "ImageNet" or ".py:" in arch:
         if pretrained:
             raise UserError(f"--pretrained: there are no weights for {arch} on {dataset}, only for ImageNet")
-        return constructor(arch)(num_classes=num_classes)
+        model = constructor(arch)(num_classes=num_classes)
+        if ".py:" in arch:
+            check_output(model, arch, num_classes, 224 if dataset == "ImageNet" else 32)
+        return model
 
     import torchvision.models as tv_models
 

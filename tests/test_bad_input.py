@@ -10,13 +10,13 @@ import torch
 from conftest import ROOT, digits_args
 
 import models
-import runs
 import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
-from subspace import read_snapshot
-from utils import InputError
+from dldr.checkpoint import save_tensors
+from dldr.errors import UserError
+from dldr.snapshots import read_snapshot
 
 WINDOW = ["--params_end", "6", "--n_components", "4"]
 
@@ -38,6 +38,7 @@ WINDOW = ["--params_end", "6", "--n_components", "4"]
     (train_sgd, "--device cuda:99", "--device cuda:99"),
     (train_sgd, "--smalldatasets 0", "--smalldatasets 0"),
     (train_sgd, "--randomseed 5000000000", "--randomseed: 5000000000 is not"),
+    (train_sgd, "--overwrite --resume auto", "--overwrite starts over, --resume does not"),
     (train_sgd, "--pretrained", "--pretrained: there are no weights for --datasets CIFAR10"),
     (train_psgd, "--wd 1e-4", "--wd"),  # an official flag that did nothing there, so it is not here
 ])
@@ -52,7 +53,7 @@ def test_wrong_usage_exits_with_status_2(script, flags, message, capsys):
 @pytest.mark.parametrize("script", [train_psgd, train_pbfgs])
 def test_missing_snapshots_are_all_named_before_any_work(sampled, tmp_path, script):
     argv = digits_args(sampled, "--output-dir", str(tmp_path / "out"), "--params_end", "9", "--n_components", "3")
-    with pytest.raises(InputError, match="lacks 3 of the 9 snapshots .*: 6.pt 7.pt 8.pt"):
+    with pytest.raises(UserError, match="lacks 3 of the 9 snapshots of the window: 6.pt ... 8.pt; train_sgd"):
         script.main(script.parse_args(argv))
     assert not (tmp_path / "out").exists()
 
@@ -92,7 +93,7 @@ def test_unreadable_snapshots_name_the_file_and_run_no_code(sampled, tmp_path, k
     directory = copy_snapshots(sampled, tmp_path / "snapshots")
     marker = tmp_path / "executed"
     bad_snapshot(kind, directory / "3.pt", marker)
-    with pytest.raises(InputError, match=r"3\.pt cannot be read: \S+"):
+    with pytest.raises(UserError, match=r"3\.pt (cannot be read: \S+|holds a pickled io.open; only tensors)"):
         train_psgd.main(train_psgd.parse_args(digits_args(directory, *WINDOW)))
     assert not marker.exists()
 
@@ -100,9 +101,9 @@ def test_unreadable_snapshots_name_the_file_and_run_no_code(sampled, tmp_path, k
 def test_hostile_checkpoint_is_refused(tmp_path, sampled):
     marker, path = tmp_path / "executed", tmp_path / "psgd_checkpoint.pt"
     torch.save({"method": "psgd", "model": Payload(marker)}, path)
-    argv = digits_args(sampled, "--output-dir", str(tmp_path), *WINDOW, "--resume", str(path))
+    argv = digits_args(sampled, "--output-dir", str(tmp_path / "out"), *WINDOW, "--resume", str(path))
     for more in ([], ["--evaluate"]):
-        with pytest.raises(InputError, match="cannot be read"):
+        with pytest.raises(UserError, match="psgd_checkpoint.pt holds a pickled io.open; only tensors"):
             train_psgd.main(train_psgd.parse_args([*argv, *more]))
     assert not marker.exists()
     pickle.loads(pickle.dumps(Payload(marker)))  # the payload does what it is meant to
@@ -124,16 +125,15 @@ def save_resnet20(directory):
 
 
 def test_snapshots_of_another_network_show_both_shapes(sampled, tmp_path):
-    other = digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path))
-    other[other.index("resnet8")] = "resnet20"
-    with pytest.raises(InputError, match=r"0\.pt is of another --arch: layer1\.1\.\S+ is missing, in the network \("):
+    directory = copy_snapshots(sampled, tmp_path / "snapshots")
+    other = digits_args(directory, *WINDOW, "--arch", "resnet20", "--output-dir", str(tmp_path))
+    with pytest.raises(UserError, match=r"0\.pt is of another network: layer1\.1\.\S+ is missing, in the network \("):
         train_psgd.main(train_psgd.parse_args(other))
-    with pytest.raises(InputError, match=r"another --arch: layer1\.1\.\S+ is \(16,.*\), in the network missing"):
+    with pytest.raises(UserError, match=r"another network: layer1\.1\.\S+ is \(16,.*\), in the network missing"):
         read_snapshot(save_resnet20(tmp_path), models.get_model("resnet8", 10))  # its tensors include resnet8's
-    directory = copy_snapshots(sampled, tmp_path / "classes")
     state = torch.load(directory / "2.pt", weights_only=True)
     torch.save({**state, "linear.weight": torch.zeros(100, 64), "linear.bias": torch.zeros(100)}, directory / "2.pt")
-    with pytest.raises(InputError, match=r"2\.pt .* classes: linear.weight is \(100, 64\), the network's \(10, 64\)"):
+    with pytest.raises(UserError, match=r"2\.pt .* classes: linear.weight is \(100, 64\), the network's \(10, 64\)"):
         train_psgd.main(train_psgd.parse_args(digits_args(directory, *WINDOW)))
 
 
@@ -142,7 +142,7 @@ def test_a_window_without_variance_is_refused(sampled, tmp_path):
     directory.mkdir()
     for i in range(6):
         shutil.copy(sampled / "2.pt", directory / f"{i}.pt")
-    with pytest.raises(InputError, match="differ in 0 directions"):
+    with pytest.raises(UserError, match="differ in 0 directions"):
         train_pbfgs.main(train_pbfgs.parse_args(digits_args(directory, *WINDOW)))
 
 
@@ -150,7 +150,7 @@ def test_a_window_without_variance_is_refused(sampled, tmp_path):
 def test_unwritable_directory(sampled, tmp_path, script, flag):
     (tmp_path / "file").write_text("in the way")
     argv = digits_args(sampled, *(WINDOW if script is train_psgd else []), flag, str(tmp_path / "file" / "run"))
-    with pytest.raises(InputError, match=f"{flag} .*file/run cannot be made: Not a directory"):
+    with pytest.raises(UserError, match=f"{flag} .*file/run cannot be made: Not a directory"):
         script.main(script.parse_args(argv))
     assert (tmp_path / "file").read_text() == "in the way"
 
@@ -163,9 +163,9 @@ def test_unwritable_directory(sampled, tmp_path, script, flag):
 ])
 def test_a_loss_that_is_not_finite_stops_before_the_step(sampled, tmp_path, script, method, more, message):
     """The first step is absurd, the next forward overflows: the run ends there, the epoch's start is saved."""
-    directory = copy_snapshots(sampled, tmp_path / "run")
+    directory = tmp_path / "run" if method == "sgd" else copy_snapshots(sampled, tmp_path / "run")
     argv = digits_args(directory, *more, "--epochs", "2", "--lr", "1" if method == "pbfgs" else "1e38")
-    with pytest.raises(InputError, match=f"epoch 1: the {message}; .*smaller --lr"):
+    with pytest.raises(UserError, match=f"epoch 1: the {message}; .*smaller --lr"):
         script.main(script.parse_args(argv))
     saved = torch.load(directory / f"{method}_checkpoint.pt", weights_only=True)
     start = torch.load(directory / "0.pt", weights_only=True)
@@ -175,49 +175,86 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(sampled, tmp_path, scri
 
 def test_a_line_search_without_a_finite_trial_is_one_line_too(sampled, tmp_path):
     argv = digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path), "--lr", "1e38")
-    with pytest.raises(InputError, match=r"line search ended on a loss of (nan|inf) after 20 trials; .*smaller --lr"):
+    with pytest.raises(UserError, match=r"line search ended on a loss of (nan|inf) after 20 trials; .*smaller --lr"):
         train_pbfgs.main(train_pbfgs.parse_args(argv))
 
 
 def test_a_write_that_fails_names_the_path_and_leaves_the_old_file(tmp_path):
     """A true failure of the kernel's: files may not grow beyond 20 kB (on a full disk only the reason differs)."""
     path = tmp_path / "3.pt"
-    runs.save_tensors(path, {"w": torch.ones(1000)})
+    save_tensors(path, {"w": torch.ones(1000)})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(InputError, match=r"3\.pt cannot be written \(4..,... bytes\): File too large"):
-            runs.save_tensors(path, {"w": torch.zeros(100_000)})
+        with pytest.raises(UserError, match=r"3\.pt cannot be written \(4..,... bytes\): File too large"):
+            save_tensors(path, {"w": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == [path] and torch.load(path, weights_only=True)["w"].sum() == 1000
 
 
-def test_a_directory_with_another_run_is_refused(sampled, tmp_path):
-    before = {path: path.read_bytes() for path in sampled.iterdir()}
-    with pytest.raises(InputError, match=r"other arguments \(lr 0.05 -> 0.1\); choose another --save-dir"):
-        train_sgd.main(train_sgd.parse_args(digits_args(sampled, "--epochs", "5", "--lr", "0.1")))
-    with pytest.raises(InputError, match="start_epoch 0 -> 3"):
-        train_sgd.main(train_sgd.parse_args(digits_args(sampled, "--lr", "0.05", "--start-epoch", "3")))
-    assert before == {path: path.read_bytes() for path in sampled.iterdir()}
+@pytest.fixture(scope="module")
+def left(sampled, tmp_path_factory):
+    """method -> (script, flags, directory of a finished run of one epoch)."""
+    runs = {}
+    for method, script in (("sgd", train_sgd), ("psgd", train_psgd)):
+        directory = tmp_path_factory.mktemp(method)
+        flags = digits_args(directory if script is train_sgd else sampled, "--smalldatasets", "0.05", "--lr", "0.01")
+        flags += [] if script is train_sgd else [*WINDOW, "--output-dir", str(directory), "--allow-mismatch",
+                                                    "smalldatasets"]
+        script.main(script.parse_args([*flags, "--epochs", "1"]))
+        runs[method] = script, flags, directory
+    return runs
 
 
-@pytest.mark.parametrize("content", [{"method": "psgd"}, {"method": "psgd", "model": {}}, [1, 2], torch.zeros(3),
-                                     {"method": "psgd", "args": None}])
-def test_files_that_are_no_checkpoints(sampled, tmp_path, content):
+@pytest.mark.parametrize("method", ["sgd", "psgd"])
+@pytest.mark.parametrize("more, plain, auto", [  # the table of Run.finished; --overwrite always starts over
+    ([], r"holds a finished \w+ run .*; keep it with --resume auto, or start over with --overwrite", "nothing to do"),
+    (["--epochs", "2"], r"an unfinished \w+ run .*; resume it with --resume auto, or .* --overwrite", "resumed from"),
+    (["--lr", "0.02"], r"other flags \(lr 0.01 -> 0.02\); choose another --\w+-dir, or .* --overwrite", None),
+    (["--start-epoch", "1", "--epochs", "2"], r"other flags \(start_epoch 0 -> 1\); choose another", None),
+])
+def test_what_happens_in_a_directory_that_is_not_empty(left, tmp_path, capsys, method, more, plain, auto):
+    script, flags, directory = left[method]
+    copy = shutil.copytree(directory, tmp_path / "run")
+    (copy / "9.pt").write_text("of a longer run")
+    argv = [*(str(copy) if flag == str(directory) else flag for flag in flags), "--epochs", "1", *more]
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+
+    def start(*how):
+        capsys.readouterr()
+        script.main(script.parse_args([*argv, *how]))
+        return capsys.readouterr().out
+
+    for how in ([], *([] if auto else [["--resume", "auto"]])):
+        with pytest.raises(UserError, match=plain):
+            start(*how)
+    assert before == {path.name: path.read_bytes() for path in copy.iterdir()}
+    if auto:
+        assert auto in start("--resume", "auto")
+        assert (before == {path.name: path.read_bytes() for path in copy.iterdir()}) == (auto == "nothing to do")
+    out = start("--overwrite")
+    assert "resumed" not in out and "nothing to do" not in out and "summary " in out
+    assert (copy / "9.pt").exists() == (method == "psgd") and (copy / f"{method}_final.pt").exists()
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"method": "psgd", "format": 2}, "not a checkpoint"), ({"method": "psgd", "format": 2, "model": {}}, "not a che"),
+    ({"method": "psgd", "format": 2, "args": None}, "not a checkpoint"), ({"method": "sgd", "model": {}}, "not a che"),
+    ({"method": "psgd", "model": {}}, "of an earlier revision .* with that revision, or start over with --overwrite"),
+    ([1, 2], "holds a list"), (torch.zeros(3), "holds a Tensor"),
+])
+def test_files_that_are_no_checkpoints(sampled, tmp_path, content, message):
     path = tmp_path / "psgd_checkpoint.pt"
     torch.save(content, path)
-    argv = digits_args(sampled, "--output-dir", str(tmp_path), *WINDOW, "--resume", str(path))
-    with pytest.raises(InputError, match="not a checkpoint|holds a"):
-        train_psgd.main(train_psgd.parse_args(argv))
-    path.write_bytes(b"")
-    with pytest.raises(InputError, match="cannot be read"):
+    argv = digits_args(sampled, "--output-dir", str(tmp_path / "out"), *WINDOW, "--resume", str(path))
+    with pytest.raises(UserError, match=message):
         train_psgd.main(train_psgd.parse_args(argv))
 
 
 def test_messages_are_one_line(monkeypatch, capsys):
     def main(args):
-        raise InputError("first\n  second\x1b[2J\x0cthird \udcff")
+        raise UserError("first\n  second\x1b[2J\x0cthird \udcff")
 
     monkeypatch.setattr(sys, "argv", ["train_sgd.py"])
     with pytest.raises(SystemExit) as stop:
@@ -233,8 +270,8 @@ def test_exit_statuses_and_single_lines_of_real_processes(tmp_path):
                for command in commands]
     ended = [(process.communicate()[1].strip().splitlines(), process.returncode) for process in started]
     (lines, status), report, usage = ended
-    assert status == 1 and len(lines) == 1 and lines[0].startswith("train_psgd.py: error: --save-dir")
-    assert "0.pt 1.pt" in lines[0] and "50.pt" in lines[0] and not (tmp_path / "nothing").exists()
+    assert status == 1 and len(lines) == 1 and lines[0].startswith(f"train_psgd.py: error: {tmp_path / 'nothing'}")
+    assert "lacks 51 of the 51" in lines[0] and "0.pt ... 50.pt" in lines[0] and not (tmp_path / "nothing").exists()
     lines, status = report
     assert status == 1 and len(lines) == 1 and "summary.json" in lines[0]
     lines, status = usage

@@ -1,4 +1,4 @@
-"""Data: torchvision's augmentation law, label noise, the readers, and what bad files provoke."""
+"""Data: torchvision's augmentation, label noise, the readers, and what bad files provoke."""
 import numpy as np
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torchvision import transforms
 
 import datasets
 from datasets import SOURCES, ImageBatches, noisy_labels
-from utils import InputError
+from dldr.errors import UserError
 
 
 def images(n=64, seed=0):
@@ -117,7 +117,7 @@ def test_npz_is_used_where_it_lies(tmp_path):
 ])
 def test_malformed_npz_is_refused(tmp_path, change, message):
     write_npz(tmp_path, **change)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         datasets.load("CIFAR10", tmp_path, batch_size=8, device="cpu", seed=1)
 
 
@@ -125,7 +125,7 @@ def test_truncated_npz_is_refused(tmp_path):
     write_npz(tmp_path)
     path = tmp_path / "cifar10.npz"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(InputError, match="cifar10.npz cannot be read"):
+    with pytest.raises(UserError, match="cifar10.npz cannot be read"):
         datasets.load("CIFAR10", tmp_path, batch_size=8, device="cpu", seed=1)
 
 
@@ -137,7 +137,7 @@ def test_missing_data_without_network_says_what_to_do(tmp_path, name, monkeypatc
         raise OSError("no network")
 
     monkeypatch.setattr(tv_utils.urllib.request, "urlopen", refuse)
-    with pytest.raises(InputError, match=f"--data .*{name} is not there"):
+    with pytest.raises(UserError, match=f"--data .*{name} is not there"):
         datasets.load(name, tmp_path, batch_size=8, device="cpu", seed=1)
 
 
@@ -155,7 +155,7 @@ def test_mnist_becomes_32_pixels_and_three_channels(tmp_path, monkeypatch):
 
 
 def test_unknown_data_set_lists_close_names():
-    with pytest.raises(InputError, match="CIFAR10"):
+    with pytest.raises(UserError, match="CIFAR10"):
         datasets.check_name("cifar-10")
 
 

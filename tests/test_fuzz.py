@@ -20,8 +20,8 @@ import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
-from subspace import load_window
-from utils import InputError
+from dldr.errors import UserError
+from dldr.snapshots import load_window
 
 COMMAND_LINES, SNAPSHOTS, ARRAYS = 200, 200, 100
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -43,18 +43,19 @@ WORDS = ["", "x", "-1", "0", "1", "nan", "inf", "1e400", "--", "-h", HUGE, "ä",
          "\udcff"]  # the last: a byte that is not UTF-8
 FLAGS = {  # a flag -> the values that might follow it; None is none
     "--datasets": ["digits", "digit", "ImageNet", "CIFAR10"],
-    "--arch": ["resnet8", "resnet7", "squeezenet", "vgg"],
+    "--arch": ["resnet8", "resnet7", "squeezenet", "vgg", "nowhere.py:f", "FILE.py:"],
     "-b": ["64", "7", "100000"], "--lr": ["0.1", "1e38", "0"], "--epochs": ["0", "1", "2"],
     "--start-epoch": ["0", "1", "5"], "--accumulate": ["1", "2", "9"], "--randomseed": ["0", "7"],
     "--corrupt": ["0", "0.5", "1"], "--workers": ["0"], "--device": ["cpu", "auto", "cuda:7", "mps"],
     "--resume": ["auto", "nowhere.pt", "SAMPLED/0.pt", "SAMPLED/sgd_checkpoint.pt"], "--save-every": ["1", "3"],
     "--print-freq": ["1"], "--evaluate": [None], "--half": [None], "--deterministic": [None],
-    "--timeout": ["5"], "--sync-bn": [None],
+    "--timeout": ["5"], "--sync-bn": [None], "--overwrite": [None],
     "--save-dir": ["SAMPLED", "NEW", "FILE", "FILE/below"], "--data": ["NEW", "FILE", "BAD"],
 }
 SUBSPACE = {"--n_components": ["1", "3", "5", "6"], "--params_start": ["0", "1", "4"], "--params_end": ["6", "5", "7"],
             "--params_step": ["1", "2"], "--output-dir": ["NEW", "FILE", "SAMPLED"],
-            "--basis-memory": ["1e-5", "1"], "--shard-basis": ["auto", "on"]}
+            "--basis-memory": ["1e-5", "1"], "--shard-basis": ["auto", "on"],
+            "--allow-mismatch": ["corrupt", "arch,labels"]}
 OF_SCRIPT = {
     train_sgd: {"--optimizer": ["sgd", "adam", "lion"], "--momentum": ["0.9"], "--wd": ["1e-4"],
                 "--milestones": ["1", "0"], "--pretrained": [None, "SAMPLED/0.pt", "nowhere.pt"],
@@ -77,7 +78,8 @@ def command_lines(draw):
         argv = ["--datasets", "digits", "--arch", "resnet8", "--smalldatasets", "0.05", "--epochs", "1", "--device",
                 "cpu", "--save-dir", "NEW" if script is train_sgd else "SAMPLED"]
         if script is not train_sgd:
-            argv += ["--params_end", "6", "--n_components", "3", "--output-dir", "NEW"]
+            argv += ["--params_end", "6", "--n_components", "3", "--output-dir", "NEW", "--allow-mismatch",
+                     "smalldatasets,corrupt,labels"]
     for flag in draw(st.lists(st.sampled_from(sorted(flags)), max_size=4)):
         usual = st.sampled_from(flags[flag])
         value = draw(st.one_of(usual, usual, usual, st.sampled_from(WORDS)))
@@ -89,16 +91,16 @@ def command_lines(draw):
 
 def outcome(script, argv):
     """Run the script as its command line would; returns (exit status, lines of its error message)."""
-    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()  # real streams refuse what is not UTF-8
-    status, message = 0, ""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))  # which refuse what is not UTF-8
+    status = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
         try:
             utils.run_script(script.parse_args, script.main)
         except SystemExit as stop:
-            status = 1 if isinstance(stop.code, str) else stop.code or 0
-            message = stop.code if isinstance(stop.code, str) else err.getvalue()
-    return status, message.strip().splitlines()
+            status = stop.code or 0
+    err.seek(0)
+    return status, [line for line in err.read().splitlines() if not line.startswith("note: ")]
 
 
 @often(COMMAND_LINES)
@@ -115,6 +117,7 @@ def test_command_lines(sampled, tmp_path, n):
     def check(case):
         script, argv = case
         shutil.rmtree(places["NEW"], ignore_errors=True)
+        shutil.copytree(sampled, copy, dirs_exist_ok=True)  # what --overwrite has removed
         for name, path in places.items():
             argv = [argument.replace(name, str(path)) for argument in argv]
         status, lines = outcome(script, argv)
@@ -132,7 +135,7 @@ def test_command_lines(sampled, tmp_path, n):
 
 
 def refuse(name, root, hint):
-    raise InputError(f"--data {root}: {name} is not there; {hint}")
+    raise UserError(f"--data {root}: {name} is not there; {hint}")
 
 
 # ------------------------------------------------------------------------------------------------------ damaged files
@@ -181,7 +184,7 @@ def test_snapshots(sampled, tmp_path, n):
         paths[1].write_bytes(damage(whole))
         try:
             window = load_window(paths, model)
-        except InputError as error:
+        except UserError as error:
             refused += 1
             assert str(paths[1]) in str(error)
         else:
@@ -195,7 +198,7 @@ def test_every_fiftieth_of_a_snapshot_is_refused(sampled, tmp_path):
     model, whole = models.get_model("resnet8", 10), (sampled / "1.pt").read_bytes()
     for fiftieth in range(50):
         (tmp_path / "1.pt").write_bytes(whole[: len(whole) * fiftieth // 50])
-        with pytest.raises(InputError, match=r"snapshot .*1\.pt cannot be read"):
+        with pytest.raises(UserError, match=r"snapshot .*1\.pt cannot be read"):
             load_window([tmp_path / "1.pt"], model)
 
 
@@ -233,7 +236,7 @@ def test_arrays(tmp_path, n):
         nonlocal refused
         try:
             arrays = read_cifar10(tmp_path)
-        except InputError as error:
+        except UserError as error:
             refused += 1
             assert str(path) in str(error)
         else:

@@ -1,17 +1,16 @@
-"""Recorded steps: the static buffers on a CPU, where a run must end at the same bits; graphs themselves on a GPU."""
+"""Captured steps: static buffers on a CPU, where a run must end at the same bits; CUDA graphs on a GPU."""
 import pytest
 import torch
 from conftest import digits_args
 
-import graphs
 import models
-import runs
 import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
-from subspace import flat_parameters
-from utils import InputError
+from dldr import engine, graphs
+from dldr.checkpoint import load_file
+from dldr.errors import NonFiniteLoss, UserError
 
 WINDOW = ["--params_end", "6", "--n_components", "4"]
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -32,32 +31,31 @@ def test_calls_are_plain_at_first_then_on_buffers():
     assert seen[-1][0] is seen[-2][0] and seen[-1][1] is seen[-2][1]  # one pair of buffers
 
 
-def test_a_recording_is_of_one_kind():
-    """Another shape, layout or key (the learning rate a step has been recorded with) is another recording."""
-    lr = 1.0
-    graphed = graphs.Graphed(lambda *inputs: torch.tensor(lr) * sum(x.sum() for x in inputs), torch.device("cpu"))
+def test_a_capture_is_of_one_signature():
+    """Another shape, layout or number (the learning rate of a step) is another capture."""
+    graphed = graphs.Graphed(lambda lr, *inputs: torch.tensor(lr) * sum(x.sum() for x in inputs), torch.device("cpu"))
     image = torch.rand(2, 3, 4, 4)
     for lr in (1.0, 0.1):
         for _ in range(5):
-            assert graphed(torch.ones(4), key=lr) == pytest.approx(4 * lr)
-            assert graphed(torch.ones(3), key=lr) == pytest.approx(3 * lr)
-            assert graphed(key=lr) == 0
+            assert graphed(lr, torch.ones(4)) == pytest.approx(4 * lr)
+            assert graphed(lr, torch.ones(3)) == pytest.approx(3 * lr)
+            assert graphed(lr) == 0
             for x in (image, image.contiguous(memory_format=torch.channels_last)):
-                assert graphed(x, key=lr) == pytest.approx(lr * float(image.sum()))
-    assert len(graphed.recordings) == 2 * 5 and all(calls == graphs.WARM_UP + 1 for calls in graphed.calls.values())
+                assert graphed(lr, x) == pytest.approx(lr * float(image.sum()))
+    assert len(graphed.captured) == 2 * 5 and all(calls == graphs.WARM_UP + 1 for calls in graphed.calls.values())
 
 
-def test_which_steps_are_recorded():
+def test_which_steps_are_captured():
     resnet, drawing = models.get_model("resnet8", 10), models.get_model("stochasticdepth18", 10)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
 
-    def recorded(*args):
-        return graphs.capturer(*args) is not graphs.plain
+    def captured(*args):
+        return graphs.capturer(*args) is not graphs.eager
 
-    assert recorded("auto", resnet, cuda) and recorded("on", resnet, cpu)
-    assert not recorded("auto", resnet, cpu) and not recorded("off", resnet, cuda)
-    assert not recorded("auto", drawing, cuda) and not recorded("auto", resnet, cuda, "ImageNet")
-    with pytest.raises(InputError, match="--cuda-graphs on: this --arch draws"):
+    assert captured("auto", resnet, cuda) and captured("on", resnet, cpu)
+    assert not captured("auto", resnet, cpu) and not captured("off", resnet, cuda)
+    assert not captured("auto", drawing, cuda) and not captured("auto", resnet, cuda, "ImageNet")
+    with pytest.raises(UserError, match="--cuda-graphs on: this --arch draws"):
         graphs.capturer("on", drawing, cuda)
 
 
@@ -67,7 +65,7 @@ def test_which_steps_are_recorded():
     (train_psgd, [*WINDOW, "--milestones", "2"]), (train_pbfgs, WINDOW), (train_pbfgs, [*WINDOW, "--half"]),
     (train_pbfgs, [*WINDOW, "--alpha", "0.01", "--accumulate", "3"]),
 ])
-def test_runs_with_and_without_recording_are_the_same(sampled, tmp_path, script, more, device):
+def test_runs_with_and_without_capture_are_the_same(sampled, tmp_path, script, more, device):
     """431 images in batches of 64, the last of 47; a drop of the learning rate; bitwise on a CPU."""
     results = []
     for mode in ("off", "on"):
@@ -76,7 +74,7 @@ def test_runs_with_and_without_recording_are_the_same(sampled, tmp_path, script,
         argv += [] if script is train_sgd else ["--output-dir", str(tmp_path / mode)]
         script.main(script.parse_args(argv))
         method = script.__name__.removeprefix("train_")
-        results.append(runs.load_file(tmp_path / mode / f"{method}_final.pt", "final network"))
+        results.append(load_file(tmp_path / mode / f"{method}_final.pt", "final network"))
     off, on = results
     for name in off:
         if device == "cpu":
@@ -93,33 +91,26 @@ def test_losses_read_late_give_the_same_epoch_and_still_stop():
     def epoch(read_every, batches=batches):
         torch.manual_seed(0)
         model = models.get_model("resnet8", 10)
-        w = flat_parameters(model)
-        losses = []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        result = engine.Loop(model, optimizer, read_every=read_every).train_epoch(batches)
+        return result, [value.tolist() for value in model.state_dict().values()]
 
-        def update(loss, x, y):
-            losses.append(loss)
-
-        return utils.train_epoch(model, w, batches, utils.training_passes(model), update, read_every=read_every), losses
-
-    (now, losses), (late, none) = epoch(1), epoch(3)
-    assert now == late and none == [None] * 5 and all(isinstance(loss, float) for loss in losses)
+    assert epoch(1) == epoch(3)
     bad = [*batches[:3], (torch.full((8, 3, 32, 32), torch.nan), batches[3][1]), batches[4]]
     for read_every in (1, 3, 50):
-        with pytest.raises(utils.NonFiniteLoss, match="nan at iteration 4"):
+        with pytest.raises(NonFiniteLoss, match="nan at iteration 4"):
             epoch(read_every, bad)
 
 
 @pytest.mark.gpu
 def test_convolutions_without_tf32_are_exact_on_cuda(tmp_path):
     """Against float64: TF32 has 10 bits, some 3e-4 here; float32 1e-5 at most. Products with P never use it."""
-    from argparse import Namespace
-
     torch.manual_seed(0)
     x, weight = torch.randn(8, 64, 16, 16), torch.randn(64, 64, 3, 3)
     exact = torch.nn.functional.conv2d(x.double(), weight.double())
     A = torch.randn(40, 100_000)
-    for choice, bound in (("off", 5e-5), ("on", 1e-2)):
-        utils.set_up(Namespace(deterministic=False, conv_tf32=choice, randomseed=1, device="cuda", timeout=600))
+    for tf32, bound in ((False, 5e-5), (True, 1e-2)):
+        utils.set_up("cuda", conv_tf32=tf32)
         error = (torch.nn.functional.conv2d(x.cuda(), weight.cuda()).cpu() - exact).abs().max() / exact.abs().max()
         assert error < bound
         product = (A.cuda() @ A.T.cuda()).cpu().double() - A.double() @ A.double().T
@@ -132,7 +123,7 @@ def test_a_checkpoint_of_adam_from_another_device_keeps_this_ones_kernels(tmp_pa
     train_sgd.main(train_sgd.parse_args(argv))
     path = tmp_path / "sgd_checkpoint.pt"
     state = torch.load(path, weights_only=True)
-    for group in state["algorithm"]["param_groups"]:
+    for group in state["optimizer"]["param_groups"]:
         assert group["capturable"] is False
         group["capturable"] = True
     torch.save(state, path)
@@ -143,7 +134,7 @@ def test_a_checkpoint_of_adam_from_another_device_keeps_this_ones_kernels(tmp_pa
 def test_no_snapshot_holds_statistics_that_are_not_finite(tmp_path):
     """Losses are read late on a GPU, and gradients accumulate: the network's buffers know first."""
     argv = digits_args(tmp_path, "--epochs", "1", "--accumulate", "9", "--samples-per-epoch", "7", "--lr", "1e38")
-    with pytest.raises(InputError, match="epoch 1: the (network is not finite|test loss is|training loss is)"):
+    with pytest.raises(UserError, match="epoch 1: the (network is not finite|test loss is|training loss is)"):
         train_sgd.main(train_sgd.parse_args(argv))
     for path in tmp_path.glob("[0-9]*.pt"):
-        assert all(value.isfinite().all() for value in runs.load_file(path, "snapshot").values())
+        assert all(value.isfinite().all() for value in load_file(path, "snapshot").values())

@@ -9,7 +9,7 @@ from PIL import Image
 import datasets
 import train_psgd
 import train_sgd
-from utils import InputError
+from dldr.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +48,14 @@ def test_corrupt_and_part_follow_file_order(folder):
 
 
 def test_missing_folders_name_the_flag(tmp_path):
-    with pytest.raises(InputError, match="--data .*train"):
+    with pytest.raises(UserError, match="--data .*train"):
         datasets.load("ImageNet", tmp_path, batch_size=5, device="cpu", seed=1)
 
 
 def test_sampling_iterations_are_the_published_ones():
     assert train_sgd.sampling_iterations(5005, 6) == [1, 1001, 2001, 3001, 4001, 5001]  # after iterations 0, 1000, ...
     assert train_sgd.sampling_iterations(391, 1) == [391]
-    with pytest.raises(InputError, match="--samples-per-epoch"):
+    with pytest.raises(UserError, match="--samples-per-epoch"):
         train_sgd.sampling_iterations(5, 6)
 
 

@@ -1,11 +1,19 @@
-"""The CIFAR ResNets against the published parameter counts, and the registry."""
+"""The CIFAR ResNets against the published parameter counts, the registry, and networks from a file."""
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision.models as tv_models
 import torchvision.models._api as tv_api
+from conftest import digits_args
 
 import models
-from utils import InputError
+import train_pbfgs
+import train_psgd
+import train_sgd
+from dldr.checkpoint import load_file
+from dldr.errors import UserError
 
 COUNTS = {  # parameters for 10 and for 100 classes
     "resnet8": (75_290, 81_140), "resnet20": (269_722, 275_572), "resnet32": (464_154, 470_004),
@@ -51,11 +59,11 @@ def test_weights_are_kaiming_normal():
 
 
 def test_unknown_names_list_close_ones():
-    with pytest.raises(InputError, match="resnet20"):
+    with pytest.raises(UserError, match="resnet20"):
         models.get_model("resnet21", 10)
-    with pytest.raises(InputError, match="resnet18"):
+    with pytest.raises(UserError, match="resnet18"):
         models.get_model("resnet_18", 10, "ImageNet")
-    with pytest.raises(InputError, match="pretrained"):
+    with pytest.raises(UserError, match="pretrained"):
         models.get_model("resnet20", 10, pretrained=True)
 
 
@@ -67,7 +75,7 @@ def test_imagenet_models_are_torchvisions_with_one_output(arch):
 
 
 def test_pretrained_needs_the_weights_own_classes():
-    with pytest.raises(InputError, match="1000 classes"):
+    with pytest.raises(UserError, match="1000 classes"):
         models.get_model("resnet18", 10, "ImageNet", pretrained=True)
 
 
@@ -93,13 +101,92 @@ def test_pretrained_takes_the_first_weights(arch, first, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(tv_api, "load_state_dict_from_url", unreachable)
-    with pytest.raises(InputError, match=f"--pretrained: the weights of {arch} could not be downloaded .no network"):
+    with pytest.raises(UserError, match=f"--pretrained: the weights of {arch} could not be downloaded .no network"):
         models.get_model(arch, 1000, "ImageNet", pretrained=True)
     assert asked == [tv_models.get_model_weights(arch)[first].url]
 
 
 def test_registry_lists_what_it_builds():
-    names = models.list_models("CIFAR100")
-    assert len(names) == 52 and set(COUNTS) < set(names)
-    assert models.by_family().replace(";", "").split() == names
+    files = {path.stem for path in Path(models.__path__[0]).glob("*.py") if "\nMODELS = " in path.read_text()}
+    assert files == set(models.FAMILIES)
+    for file, names in models.FAMILIES.items():
+        assert list(importlib.import_module(f"models.{file}").MODELS) == names.split()
+    assert len(models.list_models("CIFAR100")) == 52 and set(COUNTS) < set(models.list_models("CIFAR100"))
     assert {"resnet18", "vit_b_16"} < set(models.list_models("ImageNet"))
+
+
+OWN = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, columns):
+        super().__init__()
+        self.frozen = nn.Conv2d(3, 4, 3, stride=4).requires_grad_(False)
+        self.conv, self.norm = nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.head, self.unused = nn.Linear(8, columns), nn.Linear(8, columns)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.conv(self.frozen(x)))).mean((2, 3)))
+
+
+def net(num_classes):
+    return Net(num_classes)
+
+
+def wide(num_classes):
+    return Net(num_classes + 1)
+
+
+def pair(num_classes):
+    class Pair(Net):
+        def forward(self, x):
+            return super().forward(x), None
+    return Pair(num_classes)
+
+
+def none(num_classes):
+    pass
+"""
+SCRIPTS = {"sgd": train_sgd, "psgd": train_psgd, "pbfgs": train_pbfgs}
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    return tmp_path / "own.py"
+
+
+def start(method, arch, directory, *more):
+    window = [] if method == "sgd" else ["--params_end", "3", "--n_components", "2"]
+    argv = digits_args(directory, "--arch", arch, "--smalldatasets", "0.1", "--epochs", "2", *window, *more)
+    return SCRIPTS[method].main(SCRIPTS[method].parse_args(argv))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_frozen_and_unused_parameters_of_an_own_network_stay(own, tmp_path, optimizer):
+    """--arch FILE.py:FUNCTION in all three scripts, bitwise: under weight decay, and P+-BFGS's residual step, too."""
+    for method, *more in (("sgd", "--optimizer", optimizer, "--lr", "0.05", "--wd", "0.1"), ("psgd", "--lr", "0.1"),
+                          ("pbfgs", "--alpha", "0.01")):
+        summary = start(method, f"{own}:net", tmp_path, *more)
+        assert summary["parameters"] == 8 * 4 * 9 + 2 * 8 + 2 * (8 * 10 + 10)  # without the frozen ones
+        first, final = (load_file(tmp_path / name, "state dict") for name in ("0.pt", f"{method}_final.pt"))
+        moved = {name for name in first if not torch.equal(first[name], final[name])}
+        assert moved == {name for name in first if not name.startswith(("frozen", "unused"))}
+    assert start("psgd", f"{own}:net", tmp_path, "--evaluate")["accuracy"] > 0
+
+
+@pytest.mark.parametrize("method", SCRIPTS)
+@pytest.mark.parametrize("function, message", [
+    ("net", "there is no file"), ("nothing", "own.py has no function nothing"),
+    ("none", "the function returned a NoneType, not a torch.nn.Module"),
+    ("wide", r"for 2 images and 10 classes the network returned \(2, 11\) logits"),
+    ("pair", "for 2 images and 10 classes the network returned a tuple"),
+])
+def test_own_networks_that_cannot_be_trained(own, sampled, tmp_path, method, function, message):
+    file = own.with_name("missing.py") if "no file" in message else own
+    output = [] if method == "sgd" else ["--output-dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=rf"^--arch {file}:{function}: .*{message}"):
+        start(method, f"{file}:{function}", tmp_path / "out" if method == "sgd" else sampled, *output)
+    assert not list((tmp_path / "out").glob("[!.]*"))

@@ -8,7 +8,7 @@ from conftest import digits_args
 
 import report
 import train_psgd
-from utils import InputError
+from dldr.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_damaged_files_are_named(runs, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(runs, copy)
     (copy / "psgd_log.jsonl").write_text("{")
-    with pytest.raises(InputError, match="psgd_log.jsonl"):
+    with pytest.raises(UserError, match="psgd_log.jsonl"):
         report.find_runs([copy])
 
 

@@ -13,6 +13,7 @@ import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
+from dldr.errors import UserError
 
 SUMMARY_KEYS = """method dataset arch seed corrupt parameters parameters_trained n_components snapshots epochs
 test_accuracy_last test_accuracy_best best_epoch train_accuracy_last explained_variance seconds args versions hardware
@@ -49,7 +50,8 @@ def test_sgd_writes_snapshots_log_and_summary(sampled):
     assert json.loads((sampled / "sgd_args.json").read_text())["args"]["lr"] == 0.05
     # nothing else, and no temporary file left behind
     assert {p.name for p in sampled.iterdir() if not p.stem.isdigit()} == {
-        ".sgd.lock", "sgd_args.json", "sgd_log.jsonl", "sgd_checkpoint.pt", "sgd_final.pt", "sgd_summary.json"}
+        ".sgd.lock", "sgd_args.json", "sgd_log.jsonl", "sgd_checkpoint.pt", "sgd_final.pt", "sgd_summary.json",
+        "sgd_snapshots.json"}
 
 
 @pytest.mark.parametrize("script, method", [(train_psgd, "psgd"), (train_pbfgs, "pbfgs")])
@@ -106,7 +108,7 @@ def test_same_seed_same_result_and_another_seed_another(tmp_path):
     (train_pbfgs, "pbfgs", [*WINDOW, "--alpha", "0.01", "--accumulate", "2"]),
 ])
 def test_resume_ends_where_an_uninterrupted_run_does(sampled, tmp_path, script, method, more):
-    """Bitwise the same network and log: optimiser, B, g, s, residual momentum, order and augmentation all go on."""
+    """Bitwise the same network and log: optimiser, B, g, s, residual momentum, order and augmentation resume."""
     def flags(name, epochs):
         save = tmp_path / name if method == "sgd" else sampled
         output = [] if method == "sgd" else ["--output-dir", str(tmp_path / name)]
@@ -126,11 +128,11 @@ def test_resume_ends_where_an_uninterrupted_run_does(sampled, tmp_path, script, 
 
 def test_resume_refuses_another_experiment(sampled, tmp_path):
     checkpoint = str(sampled / "sgd_checkpoint.pt")
-    with pytest.raises(utils.InputError, match="lr 0.05 -> 0.3"):
+    with pytest.raises(UserError, match="lr 0.05 -> 0.3"):
         run(train_sgd, *digits_args(tmp_path, "--epochs", "6", "--lr", "0.3", "--resume", checkpoint))
-    with pytest.raises(utils.InputError, match="not a checkpoint of this script"):
+    with pytest.raises(UserError, match="not a checkpoint of this script"):
         run(train_psgd, *digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path), "--resume", checkpoint))
-    with pytest.raises(utils.InputError, match="there is no checkpoint"):
+    with pytest.raises(UserError, match="there is no checkpoint"):
         run(train_sgd, *digits_args(tmp_path, "--resume", str(tmp_path / "none.pt")))
 
 
@@ -155,12 +157,12 @@ def test_resume_refuses_another_window(sampled, tmp_path):
         state = torch.load(other / f"{i}.pt", weights_only=True)
         state["conv1.weight"] = state["conv1.weight"] * (1 + 0.1 * i)
         torch.save(state, other / f"{i}.pt")
-    for epochs in "12":  # neither finished before, nor to go on with
-        with pytest.raises(utils.InputError, match="is of another window"):
+    for epochs in "12":  # neither finished, nor to be resumed
+        with pytest.raises(UserError, match="was made with different snapshots"):
             run(train_psgd, *flags, epochs)
     assert finished == (tmp_path / "out" / "psgd_summary.json").stat().st_mtime_ns  # and nothing lost
     flags[flags.index(str(other))] = str(sampled)
-    with pytest.raises(utils.InputError, match="other arguments .save_dir"):
+    with pytest.raises(UserError, match="other flags .save_dir"):
         run(train_psgd, *flags, "2")
 
 
@@ -169,7 +171,7 @@ def test_device_names(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     names = {name: str(utils.pick_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")}
     assert names == {"auto": "cuda:0", "cuda": "cuda:0", "cuda:1": "cuda:1", "cpu": "cpu"}
-    with pytest.raises(utils.InputError, match="there are 2 CUDA devices"):
+    with pytest.raises(UserError, match="--device cuda:2: no device 2, 2 found"):
         utils.pick_device("cuda:2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert utils.pick_device("auto").type == "cpu"
@@ -185,7 +187,7 @@ def test_evaluate_reads_the_final_network_and_writes_nothing(sampled, capsys):
     assert by_checkpoint == test
     by_snapshot = run(train_psgd, *digits_args(sampled, "--evaluate", "--resume", str(sampled / "5.pt")))
     assert by_snapshot == test  # and no window is needed for it
-    with pytest.raises(utils.InputError, match="psgd_final.pt: there is no final network"):
+    with pytest.raises(UserError, match="psgd_final.pt: there is no final network"):
         run(train_psgd, *digits_args(sampled, "--evaluate"))
 
 
@@ -202,10 +204,10 @@ def test_half_trains(sampled, tmp_path, script, method):
 
 
 def test_schedules():
-    lr = utils.multistep(0.1, [100, 150])
-    assert [lr(e) for e in (0, 99, 100, 149, 150)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
-    warm = utils.multistep(0.1, [100], warm_up=True)
-    assert [warm(e) for e in (0, 1, 100)] == pytest.approx([0.01, 0.1, 0.01])
+    factor = utils.drops([100, 150])
+    assert [factor(e) for e in (0, 99, 100, 149, 150)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    warm = utils.drops([100], warm_up=True)
+    assert [warm(e) for e in (0, 1, 100)] == pytest.approx([0.1, 1, 0.1])
     assert train_sgd.parse_args(["--optimizer", "adam"]).lr == 0.001
     assert train_sgd.parse_args(["--datasets", "CIFAR100"]).milestones == [150]
     default, imagenet = train_sgd.parse_args([]), train_sgd.parse_args(["--datasets", "ImageNet", "-a", "resnet18"])
@@ -222,13 +224,18 @@ def test_start_epoch_numbers_epochs_and_snapshots(tmp_path):
     assert json.loads((tmp_path / "sgd_summary.json").read_text())["snapshots"] == 2
 
 
-def test_help_needs_nothing_and_importing_does_nothing(tmp_path):
-    started = [subprocess.Popen([sys.executable, ROOT / script, "--help"], text=True, cwd=tmp_path,
+def test_help_imports_no_network_and_writes_nothing(tmp_path):
+    started = [subprocess.Popen([sys.executable, "-X", "importtime", ROOT / script, "--help"], text=True, cwd=tmp_path,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-               for script in ("train_sgd.py", "train_psgd.py", "train_pbfgs.py", "report.py")]
+               for script in ("train_sgd.py", "train_psgd.py", "train_pbfgs.py", "report.py", "trajectory.py")]
     for process in started:
         out, errors = process.communicate()
-        assert process.returncode == 0 and "example" in out.lower() and not errors
+        lines = errors.splitlines()
+        assert process.returncode == 0 and "example" in out.lower()
+        assert all(line.startswith("import time:") for line in lines)
+        imported = {line.rpartition("|")[2].strip() for line in lines}
+        assert {"torch", "models"} <= imported or "report.py" in process.args[3].name
+        assert not [name for name in imported if name.startswith(("models.", "torchvision", "sklearn", "matplotlib"))]
     assert not any(tmp_path.iterdir())
 
 

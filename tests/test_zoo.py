@@ -16,10 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import digits_args
 from torch import nn
 
 import models
-from subspace import ProjectedBFGS, ProjectedSGD, flat_parameters, frozen_statistics, pca_basis
+import train_psgd
+from dldr.checkpoint import save_tensors
+from dldr.errors import UserError
+from dldr.snapshots import read_snapshot
+from dldr.subspace import ProjectedBFGS, ProjectedSGD, flat_parameters, pca_basis
 
 HERE = Path(__file__).parent
 FACTS = json.loads((HERE / "architectures.json").read_text())
@@ -38,8 +43,8 @@ def by_size(names):
 
 BY_SIZE = by_size(FACTS)
 SMALLEST = [  # of each family
-    min(set(family.MODELS) & set(FACTS), key=lambda name: FACTS[name]["parameters"], default=None)
-    for family in models.FAMILIES
+    min(set(names.split()) & set(FACTS), key=lambda name: FACTS[name]["parameters"])
+    for names in models.FAMILIES.values()
 ]
 
 
@@ -146,6 +151,39 @@ def test_entries_come_in_the_releases_order(name):
     state = on_meta(name, REFERENCE[name]["classes"]).state_dict()
     ours = [(key.rpartition(".")[2], list(value.shape)) for key, value in state.items()]
     assert ours == [(key.rpartition(".")[2], shape) for key, shape, _ in entries(name)]
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_snapshots_of_the_release_load_by_position(name, tmp_path):
+    """Entry i filled with i, so that a swap of two would be seen; one number in the file for each."""
+    model, path = on_meta(name, REFERENCE[name]["classes"]), tmp_path / "0.pt"
+    state = {key: torch.tensor(float(i)).expand(shape) for i, (key, shape, _) in enumerate(entries(name))}
+    torch.save(state, path)
+    read, by_position = read_snapshot(path, model)
+    assert by_position == (name not in ("resnet20", "resnet32"))  # whose names are ours
+    assert list(read) == list(model.state_dict())
+    assert [value.flatten()[0].item() for value in read.values()] == list(range(len(state)))
+    key, value = next(reversed(state.items()))
+    torch.save({**state, key: value.new_zeros(len(value) + 1)}, path)
+    with pytest.raises(UserError, match="0.pt is of another network"):
+        read_snapshot(path, model)
+
+
+@pytest.mark.parametrize("name", ["shufflenet", "shufflenetv2", "mobilenet", "mobilenetv2", "squeezenet"])
+def test_psgd_in_snapshots_of_the_release(name, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = models.get_model(name, 10)
+    w = flat_parameters(model)
+    for i in range(3):
+        save_tensors(tmp_path / f"{i}.pt", dict(zip((key for key, *_ in entries(name)), model.state_dict().values(),
+                                                    strict=True)))
+        w += 0.01 * w.std() * torch.randn_like(w)
+    argv = digits_args(tmp_path, "--arch", name, "--params_end", "3", "--n_components", "2", "--epochs", "1",
+                       "--smalldatasets", "0.01")
+    summary = train_psgd.main(train_psgd.parse_args(argv))
+    assert summary["snapshots"] == 3 and summary["test_accuracy_last"] is not None
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "by position" in line)
+    assert "0.pt holds other names" in line and line.endswith("matched by position")
 
 
 @pytest.fixture(scope="module", params=by_size(REFERENCE))
@@ -259,20 +297,26 @@ def test_a_step_in_a_subspace(name):
     def loss():
         return nn.functional.cross_entropy(model(images), labels)
 
-    for method in (ProjectedSGD(w, P, lr=0.1), ProjectedBFGS(w, P)):
+    for method in (ProjectedSGD, ProjectedBFGS):
         w.copy_(start)
-        w.grad.zero_()
-        f = loss()
-        f.backward()
-        statistics = [b.clone() for b in model.buffers()]
-        if isinstance(method, ProjectedSGD):
-            method.step()
+        optimizer = method(model, P, lr=0.1)
+        passes = []
+
+        def closure(passes=passes):
+            before = torch.is_grad_enabled()
+            value = loss()
+            passes.append((before, [b.clone() for b in model.buffers()]))
+            return value
+
+        if method is ProjectedSGD:
+            closure().backward()
+            optimizer.step()
         else:
-            with frozen_statistics(model), torch.no_grad():
-                search = method.step(f.item(), loss)
-            assert search.trials >= 1 and torch.isfinite(torch.tensor(search.loss))
+            optimizer.step(closure)
+            assert len(passes) > 1
+        assert [gradient for gradient, _ in passes] == [True] + [False] * (len(passes) - 1)
         step = (w - start).double()
         assert step.norm() > 0
         outside = step - P.T.double() @ (P.double() @ step)
         assert outside.norm() <= 1e-3 * step.norm() + 1e-6 * start.norm()
-        assert all(torch.equal(b, s) for b, s in zip(model.buffers(), statistics, strict=True))
+        assert all(torch.equal(b, s) for b, s in zip(model.buffers(), passes[0][1], strict=True))
