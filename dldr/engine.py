@@ -103,6 +103,9 @@ class Loop:
         self.searches = isinstance(optimizer, ProjectedBFGS)
         self.read_every = 1 if self.searches else read_every
         self.device = next(model.parameters()).device
+        # parameters that a step's passes skip have no gradient then, whatever the steps before (a resumed run has
+        # none); but a captured graph needs the gradients where they are
+        self.set_to_none = capture is eager
         self.passes = capture(self._passes)
         self.step = capture(lambda lr: self.optimizer.step())  # a captured graph holds for one lr
         # torch's channels_last batch norm sums in float32 on a CPU: relative error of the loss of 1,024 images 4e-5, of
@@ -127,7 +130,7 @@ class Loop:
             self.optimizer.search(None if self.half else loss, trial_loss)
         else:
             self.step(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.zero_grad(set_to_none=False)  # a captured graph needs them where they are
+        self.optimizer.zero_grad(set_to_none=self.set_to_none)
 
     def train_epoch(self, batches, *, sizes=None, after_iteration=None, progress=None) -> dict:
         """Train on the mini-batches (x, y); mean loss and accuracy (%) of the passes before each step, and samples.
@@ -137,7 +140,7 @@ class Loop:
         Raises NonFiniteLoss when it reads such a loss: before the step that would use it if read_every is 1.
         """
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad(set_to_none=self.set_to_none)
         sizes = sizes or [len(y) for _, y in batches]
         n, loss = len(sizes), None
         record = torch.zeros(n, 2, dtype=torch.float64, device=self.device)

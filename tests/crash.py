@@ -3,24 +3,10 @@ import os
 import signal
 import time
 
-import sklearn.datasets
-import sklearn.model_selection  # noqa: F401  (imported before the fork, like torchvision, and not in every process)
-import torch
-import torchvision  # noqa: F401
+from processes import SCRIPTS, run
 
-import runs
-import train_pbfgs
-import train_psgd
-import train_sgd
-from utils import Stopped
-
-SCRIPTS = {"sgd": train_sgd, "psgd": train_psgd, "pbfgs": train_pbfgs}
-
-
-def run(method, argv):
-    torch.set_num_threads(1)
-    script = SCRIPTS[method]
-    script.main(script.parse_args(argv))
+from dldr import checkpoint
+from dldr.errors import Stopped
 
 
 def at_write(n, action):
@@ -33,7 +19,7 @@ def at_write(n, action):
         action(descriptor, calls == n)
         real(descriptor)
 
-    runs.os.fsync = fsync
+    checkpoint.os.fsync = fsync
 
 
 def run_and_die_in_write(method, argv, n):
@@ -66,7 +52,8 @@ def run_on_slow_disk(method, argv, n):
 
 def hold_lock(method, argv, ready):
     """Take the directory of a run, say so, and sit on it."""
-    taken = runs.Run(method, SCRIPTS[method].parse_args(argv))
+    args = SCRIPTS[method].parse_args(argv)
+    taken = checkpoint.Run(method, vars(args), args.changeable)
     taken.take_directory()
     ready.set()
     signal.pause()

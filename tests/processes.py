@@ -1,63 +1,54 @@
-"""Several processes of one run, forked from the test's, as torchrun would start them (gloo)."""
-import contextlib
+"""Processes for tests: single ones to be killed, or the ranks of one run as torchrun would start them (gloo).
+
+They are forked from a server that has imported everything and run nothing: they start in milliseconds, and inherit no
+CUDA context or autograd threads from the test. What they call must be a function of a module.
+"""
 import multiprocessing
+import multiprocessing.forkserver
 import os
-import signal
 import sys
-import traceback
+from unittest import mock
 
+import sklearn.datasets
+import sklearn.model_selection  # noqa: F401  (imported once, by the server)
 import torch
+import torch._dynamo  # which the first optimizer imports
+import torchvision  # noqa: F401
 
-import distributed
+import train_pbfgs
+import train_psgd
+import train_sgd
 import utils
+from dldr import distributed
 
-fork = multiprocessing.get_context("fork")
-
-
-def as_rank(rank, n, port, output, function, args):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", TORCHELASTIC_USE_AGENT_STORE="True",
-                      TORCHELASTIC_RESTART_COUNT="0")
-    for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{output}.{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # in place of pytest's
-    torch.set_num_threads(1)
-    status = 0
-    try:
-        function(*args)
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-        status = 99
-    finally:
-        with contextlib.suppress(Exception):
-            distributed.stop()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(status)
+SCRIPTS = {"sgd": train_sgd, "psgd": train_psgd, "pbfgs": train_pbfgs}
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["processes", "crash"])
+torch.set_num_threads(1)  # as in conftest.py
 
 
-def keep_store(pipe):
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    pipe.send(store.port)
-    signal.pause()
+def start(target, *args):
+    """A process that calls target(*args)."""
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # where the server looks for its imports
+        multiprocessing.forkserver.ensure_running()
+    process = context.Process(target=target, args=args)
+    process.start()
+    return process
 
 
-class Processes:
+def finish(target, *args):
+    process = start(target, *args)
+    process.join()
+    assert process.exitcode == 0
+
+
+class Ranks:
     """n processes that each call function(*args); what they print is in .out(rank) and .err(rank)."""
 
     def __init__(self, n, directory, function, *args):
-        self.output = directory / f"processes{n}"
-        # torchrun holds the store, and outlives its processes; not here, since a fork must not meet the store's threads
-        ours, theirs = fork.Pipe()
-        self.store = fork.Process(target=keep_store, args=(theirs,), daemon=True)
-        self.store.start()
-        port = ours.recv()
-        self.members = [fork.Process(target=as_rank, args=(rank, n, port, self.output, function, args))
-                        for rank in range(n)]
-        for member in self.members:
-            member.start()
+        self.output = directory / f"ranks{n}"
+        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.members = [start(as_rank, rank, n, self.store.port, self.output, function, *args) for rank in range(n)]
 
     def wait(self, timeout=300):
         """Their exit statuses; -n for signal n. Kills those that do not end."""
@@ -66,8 +57,7 @@ class Processes:
             if member.is_alive():
                 member.kill()
                 member.join()
-        self.store.kill()
-        self.store.join()
+        self.store = None
         return [member.exitcode for member in self.members]
 
     def out(self, rank):
@@ -77,13 +67,42 @@ class Processes:
         return open(f"{self.output}.err{rank}").read()
 
 
-def mains(calls):
-    """main(args) of each (script, argv) in turn."""
-    for script, argv in calls:
-        script.main(script.parse_args(argv))
+# ------------------------------------------------------------------------------------------------ what they may call
 
 
-def command(script, argv):
+def as_rank(rank, n, port, output, function, *args):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", TORCHELASTIC_USE_AGENT_STORE="True",
+                      TORCHELASTIC_RESTART_COUNT="0")
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    function(*args)
+    distributed.destroy()
+
+
+def run(method, argv):
+    """A script's stage; returns its summary."""
+    return SCRIPTS[method].main(SCRIPTS[method].parse_args(argv))
+
+
+def run_all(calls):
+    """`run` of each (method, argv) in turn."""
+    for method, argv in calls:
+        run(method, argv)
+
+
+def run_with_one_network(calls):
+    """The same; each time every rank must end with the same network, bit for bit."""
+    for method, argv in calls:
+        def train(run, args, data, model, method=method):
+            SCRIPTS[method].train(run, args, data, model)
+            state = torch.cat([value.reshape(-1).double() for value in model.state_dict().values()])
+            assert torch.equal(distributed.broadcast(state.clone()), state), (method, args)
+
+        utils.run_stage(method, SCRIPTS[method].parse_args(argv), train)
+
+
+def command(method, argv):
     """A script with its arguments as from the command line."""
-    sys.argv = [script.__file__, *argv]
-    utils.run_script(script.parse_args, script.main)
+    sys.argv = [SCRIPTS[method].__file__, *argv]
+    utils.run_script(SCRIPTS[method].parse_args, SCRIPTS[method].main)

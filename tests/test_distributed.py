@@ -7,44 +7,18 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import digits_args
-from processes import Processes, command, fork, mains
-from torch import nn
+from conftest import ROOT, digits_args
+from processes import SCRIPTS, Ranks, command, run, run_all, run_with_one_network
 
 import datasets
-import distributed
 import models
-import train_pbfgs
-import train_psgd
-import train_sgd
 import utils
-from subspace import flat_parameters, load_window, pca_basis, snapshot_paths
+from dldr import distributed
+from dldr.errors import UserError
+from dldr.snapshots import load_window, snapshot_paths
+from dldr.subspace import flat_parameters, pca_basis
 
-SCRIPTS = {"sgd": train_sgd, "psgd": train_psgd, "pbfgs": train_pbfgs}
-
-
-def no_batch_norm(num_classes):
-    """A small network without batch norm: what a mini-batch's parts add up to is what the whole one gives."""
-    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.Tanh(), nn.Conv2d(8, 16, 3, stride=2), nn.Tanh(),
-                         nn.Flatten(), nn.Linear(16 * 7 * 7, num_classes))
-
-
-def fixed_batch_norm(num_classes):
-    """The same with batch norm, in eval mode throughout, with statistics that are not those of the data."""
-    model = no_batch_norm(num_classes)
-    for i, channels in ((3, 16), (1, 8)):
-        norm = nn.BatchNorm2d(channels).eval()
-        norm.running_mean += 0.1
-        norm.running_var *= 0.5
-        norm.train = lambda mode=True, norm=norm: norm
-        model.insert(i, norm)
-    return model
-
-
-@pytest.fixture(autouse=True)
-def small_networks(monkeypatch):
-    monkeypatch.setitem(models.SMALL, "no_batch_norm", no_batch_norm)
-    monkeypatch.setitem(models.SMALL, "fixed_batch_norm", fixed_batch_norm)
+NETWORKS = ROOT / "tests" / "small_networks.py"
 
 
 def final(directory, method):
@@ -66,8 +40,8 @@ ALGORITHMS = {  # name: (method, flags)
 @pytest.mark.parametrize(("arch", "lr"), [("no_batch_norm", 0.05), ("fixed_batch_norm", 0.02)])
 def test_1_2_and_4_processes_train_the_same_network(arch, lr, tmp_path):
     """21 steps of each algorithm, 7 an epoch, with a last mini-batch of 47 that 2 and 4 do not divide."""
-    shots = tmp_path / "shots"
-    mains([(train_sgd, [*digits_args(shots, "--epochs", "5", "--lr", str(lr)), "--arch", arch])])
+    shots, arch = tmp_path / "shots", f"{NETWORKS}:{arch}"
+    run("sgd", digits_args(shots, "--epochs", "5", "--lr", str(lr), "--arch", arch))
     rates = {"sgd": lr, "adam": lr / 50, "accumulated": lr, **dict.fromkeys(("psgdon", "psgdoff", "streamed"), 10 * lr)}
 
     def calls(n):
@@ -76,13 +50,13 @@ def test_1_2_and_4_processes_train_the_same_network(arch, lr, tmp_path):
             places = ["--save-dir", str(where)] if method == "sgd" else ["--save-dir", str(shots), "--output-dir",
                                                                            str(where)]
             rate = ["--lr", str(rates.get(name, 1))]
-            yield SCRIPTS[method], [*digits_args(where, "--epochs", "3", *flags), "--arch", arch, *places, *rate]
+            yield method, digits_args(where, "--epochs", "3", *flags, "--arch", arch, *places, *rate)
 
-    mains(calls(1))
+    run_all(calls(1))
     for n in (2, 4):
-        running = Processes(n, tmp_path, mains, list(calls(n)))
-        assert running.wait() == [0] * n, running.err(0) + running.err(1)
-        assert "epoch    3/3" in running.out(0) and not running.out(1)
+        ranks = Ranks(n, tmp_path, run_all, list(calls(n)))
+        assert ranks.wait() == [0] * n, ranks.err(0) + ranks.err(1)
+        assert "epoch    3/3" in ranks.out(0) and not ranks.out(1)
         for name, (method, _) in ALGORITHMS.items():
             one, several = (final(tmp_path / f"{name}_{m}", method) for m in (1, n))
             assert float((one - several).abs().max()) <= 1e-5, (name, n)
@@ -99,40 +73,31 @@ def test_1_2_and_4_processes_train_the_same_network(arch, lr, tmp_path):
 
 def test_every_process_has_the_same_parameters_and_bits(sampled, tmp_path):
     """Batch norm's statistics differ, and yet after P-BFGS and P-SGD, sharded or not, all hold one w, bit for bit."""
+    calls = [(method, digits_args(sampled, "--output-dir", str(tmp_path / f"{method}{shard}"), "--epochs", "1", *WINDOW,
+                                  "--shard-basis", shard)) for method in ("psgd", "pbfgs") for shard in ("on", "off")]
+    ranks = Ranks(3, tmp_path, run_with_one_network, calls)
+    assert ranks.wait() == [0] * 3, ranks.err(1)
 
-    def run():
-        for method, shard in (("psgd", "on"), ("psgd", "off"), ("pbfgs", "on"), ("pbfgs", "off")):
-            argv = digits_args(sampled, "--output-dir", str(tmp_path / f"{method}{shard}"), "--epochs", "1", *WINDOW,
-                               "--shard-basis", shard)
-            real, models_seen = models.from_args, []
-            models.from_args = lambda *a, real=real, seen=models_seen: seen.append(real(*a)) or seen[-1]
-            SCRIPTS[method].main(SCRIPTS[method].parse_args(argv))
-            models.from_args = real
-            state = torch.cat([value.reshape(-1).double() for value in models_seen[0].state_dict().values()])
-            assert torch.equal(distributed.from_first(state.clone()), state), (method, shard)
 
-    running = Processes(3, tmp_path, run)
-    assert running.wait() == [0] * 3, running.err(1)
+def check_bases(paths, P, shares):
+    """That the bases of the sharded window, loaded and streamed, have the span of P (4, D) and explain the same."""
+    utils.set_up("cpu")
+    P = torch.from_numpy(P)  # a tensor would travel in shared memory
+    model = models.get_model("resnet8", 10)
+    for memory in (float("inf"), 10**5):
+        window = load_window(paths, model, memory=memory, sharded=True)
+        part, explained = pca_basis(window, 4, group=distributed)
+        assert part.shape == (4, len(range(P.shape[1])[distributed.columns(P.shape[1])]))
+        rows = torch.stack([distributed.all_gather(row, P.shape[1]) for row in part])
+        np.testing.assert_allclose(explained, shares, rtol=1e-9)
+        assert angle(rows, P) <= 1e-5
 
 
 def test_sharded_and_streamed_basis_is_the_plain_one(sampled, tmp_path):
-    model = models.get_model("resnet8", 10)
     paths = snapshot_paths(sampled, range(6))
-    whole = load_window(paths, model)
-    P, shares = pca_basis(whole.clone(), 4)
-
-    def run():
-        utils.set_up(train_psgd.parse_args(digits_args(tmp_path)))
-        for memory in (float("inf"), 10**5):
-            window = load_window(paths, model, memory=memory, sharded=True)
-            part, explained = pca_basis(window, 4, sharded=True)
-            assert part.shape == (4, len(range(P.shape[1])[distributed.columns(P.shape[1])]))
-            rows = torch.stack([distributed.gather(row, P.shape[1]) for row in part])
-            np.testing.assert_allclose(explained, shares, rtol=1e-9)
-            assert angle(rows, P) <= 1e-5
-
-    running = Processes(3, tmp_path, run)
-    assert running.wait() == [0] * 3, running.err(1)
+    P, shares = pca_basis(load_window(paths, models.get_model("resnet8", 10)), 4)
+    ranks = Ranks(3, tmp_path, check_bases, paths, P.numpy(), shares)
+    assert ranks.wait() == [0] * 3, ranks.err(1)
 
 
 def angle(P, Q):
@@ -161,24 +126,24 @@ def test_a_damaged_file_of_a_streamed_window_is_named(sampled, tmp_path):
             state["conv1.weight"][0] = float("nan")
         torch.save(state, tmp_path / f"{i}.pt", _use_new_zipfile_serialization=i != 3)
     model = models.get_model("resnet8", 10)
-    with pytest.raises(utils.InputError, match=r"2\.pt: conv1.weight"):
+    with pytest.raises(UserError, match=r"2\.pt: conv1.weight"):
         load_window(snapshot_paths(tmp_path, range(3)), model, memory=10**5)
-    with pytest.raises(utils.InputError, match=r"3\.pt.*--basis-memory"):
+    with pytest.raises(UserError, match=r"3\.pt.*--basis-memory"):
         load_window([tmp_path / "0.pt", tmp_path / "3.pt"], model, memory=10**5)
     (tmp_path / "4.pt").write_bytes((sampled / "4.pt").read_bytes()[:5000])
-    with pytest.raises(utils.InputError, match=r"4\.pt cannot be read.*truncated"):
+    with pytest.raises(UserError, match=r"4\.pt cannot be read.*truncated"):
         load_window([tmp_path / "0.pt", tmp_path / "4.pt"], model, memory=10**5)
 
 
 @pytest.mark.parametrize(("samples", "batch"), [(431, 64), (10, 4), (7, 7)])
 def test_every_sample_goes_to_one_process(samples, batch, monkeypatch):
-    monkeypatch.setattr(distributed, "world", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     for training in (True, False):
         parts = []
         for rank in range(3):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             if training and samples % batch and samples % batch < 3:
-                with pytest.raises(utils.InputError, match="--batch-size 4"):
+                with pytest.raises(UserError, match="--batch-size 4"):
                     datasets.shares(samples, batch, training)
                 return
             parts.append(datasets.shares(samples, batch, training))
@@ -189,32 +154,24 @@ def test_every_sample_goes_to_one_process(samples, batch, monkeypatch):
             assert whole == datasets.batch_sizes(samples, batch)
 
 
-def kill(process):
-    os.kill(process.pid, signal.SIGKILL)
-
-
-def suspend(process):
-    os.kill(process.pid, signal.SIGSTOP)
-
-
-@pytest.mark.parametrize(("harm", "seconds"), [(kill, 20), (suspend, 25)])
+@pytest.mark.parametrize(("harm", "seconds"), [(signal.SIGKILL, 20), (signal.SIGSTOP, 25)])
 def test_a_dead_or_silent_process_ends_the_others(harm, seconds, tmp_path):
     """Within the timeout, with one line; and one process goes on from the checkpoint of the two."""
     argv = digits_args(tmp_path / "run", "--lr", "0.05", "--save-every", "1", "--timeout", "8", "--resume", "auto")
-    running = Processes(2, tmp_path, command, train_sgd, [*argv, "--epochs", "1000"])
+    ranks = Ranks(2, tmp_path, command, "sgd", [*argv, "--epochs", "1000"])
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "sgd_checkpoint.pt").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
-    harm(running.members[1])
+    os.kill(ranks.members[1].pid, harm)
     since = time.monotonic()
-    running.members[0].join(60)
+    ranks.members[0].join(60)
     assert time.monotonic() - since < seconds
-    kill(running.members[1])
-    assert running.wait() == [1, -signal.SIGKILL]
-    line = running.err(0).strip()
+    ranks.members[1].kill()
+    assert ranks.wait() == [1, -signal.SIGKILL]
+    line = ranks.err(0).strip()
     assert "\n" not in line and "another process of this run" in line and "--resume auto" in line
     done = len((tmp_path / "run" / "sgd_log.jsonl").read_text().splitlines())
-    train_sgd.main(train_sgd.parse_args([*argv, "--epochs", str(done + 1)]))
+    run("sgd", [*argv, "--epochs", str(done + 1)])
     log = [json.loads(line) for line in (tmp_path / "run" / "sgd_log.jsonl").open()]
     assert [line["epoch"] for line in log] == list(range(1, done + 2)) and done >= 1
 
@@ -223,34 +180,35 @@ def test_a_dead_or_silent_process_ends_the_others(harm, seconds, tmp_path):
 def test_a_checkpoint_of_two_goes_on_as_one_and_as_four(method, tmp_path):
     """To the network that one process alone would have had, up to rounding."""
     shots = tmp_path / "shots"
-    mains([(train_sgd, [*digits_args(shots, "--epochs", "5", "--lr", "0.05"), "--arch", "no_batch_norm"])])
+    network = ["--arch", f"{NETWORKS}:no_batch_norm"]
+    run("sgd", digits_args(shots, "--epochs", "5", "--lr", "0.05", *network))
 
     def argv(name, epochs):
         places = ["--save-dir", str(tmp_path / name)]
         if method != "sgd":
             places = ["--save-dir", str(shots), "--output-dir", str(tmp_path / name), *WINDOW]
-        return [*digits_args(tmp_path, "--resume", "auto", "--epochs", str(epochs), "--arch", "no_batch_norm",
-                             "--lr", "0.05" if method == "sgd" else "0.5"), *places]
+        return digits_args(tmp_path, "--resume", "auto", "--epochs", str(epochs), *network, *places,
+                           "--lr", "0.05" if method == "sgd" else "0.5")
 
-    mains([(SCRIPTS[method], argv("whole", 3))])
+    run(method, argv("whole", 3))
     for n, epochs in ((2, 1), (1, 2), (4, 3)):
         if n == 1:
-            mains([(SCRIPTS[method], argv("parts", epochs))])
+            run(method, argv("parts", epochs))
         else:
-            running = Processes(n, tmp_path, mains, [(SCRIPTS[method], argv("parts", epochs))])
-            assert running.wait() == [0] * n, running.err(0)
+            ranks = Ranks(n, tmp_path, run, method, argv("parts", epochs))
+            assert ranks.wait() == [0] * n, ranks.err(0)
     assert float((final(tmp_path / "whole", method) - final(tmp_path / "parts", method)).abs().max()) <= 1e-5
 
 
 def test_a_signal_to_one_process_stops_all_and_leaves_a_checkpoint(tmp_path):
     argv = digits_args(tmp_path / "run", "--lr", "0.05", "--epochs", "1000", "--save-every", "1000")
-    running = Processes(2, tmp_path, command, train_sgd, argv)
+    ranks = Ranks(2, tmp_path, command, "sgd", argv)
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "1.pt").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.kill(running.members[1].pid, signal.SIGTERM)
-    assert running.wait(30) == [143, 143]
-    lines = (running.err(0) + running.err(1)).strip()
+    os.kill(ranks.members[1].pid, signal.SIGTERM)
+    assert ranks.wait(30) == [143, 143]
+    lines = (ranks.err(0) + ranks.err(1)).strip()
     assert "\n" not in lines and "stopped by SIGTERM" in lines
     assert (tmp_path / "run" / "sgd_checkpoint.pt").is_file()
 
@@ -258,36 +216,52 @@ def test_a_signal_to_one_process_stops_all_and_leaves_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("more", [["--batch-size", "1"], ["--smalldatasets", "0"], ["--cuda-graphs", "on"],
                                   ["--data", "/nowhere", "--datasets", "ImageNet", "--arch", "resnet18"]])
 def test_bad_input_is_one_line_of_one_process(more, tmp_path):
-    running = Processes(3, tmp_path, command, train_sgd, [*digits_args(tmp_path / "run", "--epochs", "1"), *more])
-    statuses = running.wait(60)
+    ranks = Ranks(3, tmp_path, command, "sgd", [*digits_args(tmp_path / "run", "--epochs", "1"), *more])
+    statuses = ranks.wait(60)
     assert set(statuses) <= {1, 2} and len(set(statuses)) == 1
-    lines = "".join(running.err(rank) for rank in range(3)).strip()
+    lines = "".join(ranks.err(rank) for rank in range(3)).strip()
     assert "\n" not in lines and more[-2 if more[0] != "--data" else 0] in lines
 
 
 def test_what_only_the_first_process_sees_is_one_line_too(sampled, tmp_path):
     """A directory with another run's results, which process 0 looks into; nothing in it changes."""
-    mains([(train_sgd, digits_args(tmp_path / "run", "--epochs", "1", "--lr", "0.05"))])
+    run("sgd", digits_args(tmp_path / "run", "--epochs", "1", "--lr", "0.05"))
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    running = Processes(2, tmp_path, command, train_sgd, digits_args(tmp_path / "run", "--epochs", "1", "--lr", "0.1"))
-    assert running.wait(60) == [1, 1]
-    lines = (running.err(0) + running.err(1)).strip()
+    ranks = Ranks(2, tmp_path, command, "sgd", digits_args(tmp_path / "run", "--epochs", "1", "--lr", "0.1"))
+    assert ranks.wait(60) == [1, 1]
+    lines = (ranks.err(0) + ranks.err(1)).strip()
     assert "\n" not in lines and "lr 0.05 -> 0.1" in lines
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
-def test_a_network_that_skips_blocks_trains_in_two(tmp_path):
-    """Stochastic depth: each process draws its own blocks, some parameters then have a gradient in one of them only."""
-    argv = [*digits_args(tmp_path / "run", "--epochs", "1"), "--arch", "stochasticdepth18", "--smalldatasets", "0.02",
-            "--batch-size", "8", "--lr", "0.01"]
-    running = Processes(2, tmp_path, mains, [(train_sgd, argv)])
-    assert running.wait() == [0, 0], running.err(0)
+def test_a_network_that_skips_blocks_trains_on_two(tmp_path):
+    """Stochastic depth: some parameters have a gradient on one process only, or in one mini-batch only."""
+    argv = digits_args(tmp_path / "run", "--epochs", "1", "--arch", "stochasticdepth18", "--smalldatasets", "0.02",
+                       "--batch-size", "8", "--lr", "0.01", "--accumulate", "2")
+    ranks = Ranks(2, tmp_path, run_with_one_network, [("sgd", argv)])
+    assert ranks.wait() == [0, 0], ranks.err(0)
+
+
+@pytest.mark.parametrize("flags", [[], ["--accumulate", "2"]])
+def test_parameters_without_gradient_stay_where_they_are(flags, tmp_path):
+    """Weight decay moves them neither on one process nor on two, which train the same network."""
+    def argv(n):
+        return digits_args(tmp_path / str(n), "--epochs", "1", "--lr", "0.05", "--arch", f"{NETWORKS}:unused_layer",
+                           *flags)
+
+    run("sgd", argv(1))
+    ranks = Ranks(2, tmp_path, run_with_one_network, [("sgd", argv(2))])
+    assert ranks.wait() == [0, 0], ranks.err(0)
+    assert float((final(tmp_path / "1", "sgd") - final(tmp_path / "2", "sgd")).abs().max()) <= 1e-5
+    for n in "12":
+        first, last = (torch.load(tmp_path / n / f"{i}.pt", weights_only=True)["0.unused.weight"] for i in (0, 1))
+        assert torch.equal(first, last)
 
 
 def test_snapshots_in_bfloat16(tmp_path, capsys):
     """Half the size but for the initialisation, batch-norm statistics as they are, and their span is near."""
     for dtype in ("float32", "bfloat16"):
-        mains([(train_sgd, digits_args(tmp_path / dtype, "--epochs", "5", "--lr", "0.05", "--snapshot-dtype", dtype))])
+        run("sgd", digits_args(tmp_path / dtype, "--epochs", "5", "--lr", "0.05", "--snapshot-dtype", dtype))
     plain, half = (torch.load(tmp_path / dtype / "5.pt", weights_only=True) for dtype in ("float32", "bfloat16"))
     names = {name for name, _ in models.get_model("resnet8", 10).named_parameters()}
     for name, value in plain.items():
@@ -305,10 +279,8 @@ def test_pretrained_file_is_where_training_starts(sampled, tmp_path):
     torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "weights.pt")
     for source in (tmp_path / "weights.pt", sampled / "sgd_checkpoint.pt"):
         where = tmp_path / source.stem
-        mains([(train_sgd, digits_args(where, "--epochs", "1", "--lr", "0.001", "--pretrained", str(source)))])
+        run("sgd", digits_args(where, "--epochs", "1", "--lr", "0.001", "--pretrained", str(source)))
         start = torch.load(where / "0.pt", weights_only=True)
         assert all(torch.equal(start[name], state[name]) for name in state)
-    with pytest.raises(utils.InputError, match="--pretrained .*weights.pt does not fit"):
-        mains([(train_sgd, [*digits_args(tmp_path / "other", "--pretrained", str(tmp_path / "weights.pt")), "--arch",
-                            "resnet20"])])
-    assert fork.active_children() == []
+    with pytest.raises(UserError, match="--pretrained .*weights.pt does not fit"):
+        run("sgd", digits_args(tmp_path / "other", "--pretrained", str(tmp_path / "weights.pt"), "--arch", "resnet20"))

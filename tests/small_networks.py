@@ -1,0 +1,46 @@
+"""Networks for `--arch tests/small_networks.py:FUNCTION`."""
+from torch import nn
+
+from models.resnet import Block, ResNet, basic
+from models.stochasticdepth import StochasticBlock
+
+
+def no_batch_norm(num_classes):
+    """Without batch norm: what a mini-batch's parts add up to is what the whole one gives."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.Tanh(), nn.Conv2d(8, 16, 3, stride=2), nn.Tanh(),
+                         nn.Flatten(), nn.Linear(16 * 7 * 7, num_classes))
+
+
+def fixed_batch_norm(num_classes):
+    """The same with batch norm, in eval mode throughout, with statistics that are not those of the data."""
+    model = no_batch_norm(num_classes)
+    for i, channels in ((3, 16), (1, 8)):
+        norm = nn.BatchNorm2d(channels).eval()
+        norm.running_mean += 0.1
+        norm.running_var *= 0.5
+        norm.train = lambda mode=True, norm=norm: norm
+        model.insert(i, norm)
+    return model
+
+
+def unused_layer(num_classes):
+    """The same without batch norm, and with parameters that never get a gradient."""
+    model = no_batch_norm(num_classes)
+    model[0].unused = nn.Linear(3, 3)
+    model.unused_parameters = True
+    return model
+
+
+def dropout(num_classes, block=Block):
+    stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+    model = ResNet(stem, block, basic, (1, 1, 1), nn.AdaptiveAvgPool2d(1), num_classes, width=8)
+    model.pool = nn.Sequential(model.pool, nn.Dropout(0.5))
+    return model
+
+
+def stochastic_depth(num_classes):
+    """Dropout, and blocks that are skipped at random (steps of such are never captured)."""
+    model = dropout(num_classes, StochasticBlock)
+    for block in model.blocks:
+        block.survival = 0.5
+    return model
