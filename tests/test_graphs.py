@@ -62,7 +62,8 @@ def test_which_steps_are_captured():
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("script, more", [
     (train_sgd, ["--milestones", "2"]), (train_sgd, ["--optimizer", "adam"]), (train_sgd, ["--accumulate", "2"]),
-    (train_psgd, [*WINDOW, "--milestones", "2"]), (train_pbfgs, WINDOW), (train_pbfgs, [*WINDOW, "--half"]),
+    (train_psgd, [*WINDOW, "--milestones", "2"]), (train_pbfgs, WINDOW),
+    (train_pbfgs, [*WINDOW, "--half", "--smalldatasets", "0.1", "--allow-mismatch", "smalldatasets"]),
     (train_pbfgs, [*WINDOW, "--alpha", "0.01", "--accumulate", "3"]),
 ])
 def test_runs_with_and_without_capture_are_the_same(sampled, tmp_path, script, more, device):

@@ -130,14 +130,14 @@ def test_targets_are_compared_with_the_very_setting_only(runs):
 
 
 def test_rows_ascend_as_numbers(runs, tmp_path):
-    """k = 3 comes before 20 and SGD before all, whatever the directories are called."""
+    """k = 3 comes before 20 and SGD before all, whatever the directories are called; copies of a run count once."""
     for i, k in enumerate((20, 3, 15)):
         shutil.copytree(runs, tmp_path / f"{i}")
         path = tmp_path / f"{i}" / "psgd_summary.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "n_components": k}))
     found = report.find_runs([tmp_path])
-    assert [(report.label(run), run["n_components"]) for run in found] == [("SGD", None)] * 3 + [
-        ("P-SGD", k) for k in (3, 15, 20)]
+    assert [(report.label(run), run["n_components"]) for run in found] == [
+        ("SGD", None), *(("P-SGD", k) for k in (3, 15, 20))]
 
 
 def test_svg_is_the_same_every_time(runs, tmp_path):
