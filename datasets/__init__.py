@@ -31,6 +31,7 @@ class Source(NamedTuple):
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
     read: Callable[[Path], tuple[np.ndarray, ...]]  # data directory -> x_train, y_train, x_test, y_test
+    flips: bool = True  # whether training flips images: a mirrored digit is another one
 
 
 class Data(NamedTuple):
@@ -127,7 +128,8 @@ class ImageBatches:
     smaller.
     Each rank gets its part of every batch, cut from the same order; `sizes` are those of whole batches.
     The augmentation has the same distribution as torchvision's RandomHorizontalFlip, RandomCrop(32, padding=4),
-    ToTensor and Normalize: each sample draws a flip (p 1/2) and one of 9 x 9 windows of the zero-padded image.
+    ToTensor and Normalize: each sample draws a flip (p 1/2, but none of digits) and one of 9 x 9 windows of the
+    zero-padded image.
     """
 
     PAD = 4
@@ -141,7 +143,7 @@ class ImageBatches:
         self.mean = torch.tensor(source.mean, device=device)
         self.std = torch.tensor(source.std, device=device)
         self.batch_size, self.device, self.seed = batch_size, device, seed
-        self.shuffle, self.augment, self.samples = shuffle, augment, len(labels)
+        self.shuffle, self.augment, self.samples, self.flips = shuffle, augment, len(labels), source.flips
         self.sizes = batch_sizes(self.samples, batch_size)
         self.parts = shares(self.samples, batch_size, training=shuffle)
 
@@ -152,7 +154,7 @@ class ImageBatches:
         """Order (N,), and for the i-th sample in it flip (N,) in {0, 1} and window offsets top, left (N,) in 0..8."""
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(self.samples) if self.shuffle else np.arange(self.samples)
-        flip = rng.integers(0, 2, self.samples)
+        flip = rng.integers(0, 2, self.samples) * self.flips
         top, left = rng.integers(0, 2 * self.PAD + 1, (2, self.samples))
         return torch.from_numpy(np.stack([order, flip, top, left])).to(self.device)
 
@@ -259,7 +261,7 @@ SOURCES = {
     "CIFAR10": Source(10, IMAGENET_MEAN, IMAGENET_STD, read_cifar(10)),
     "CIFAR100": Source(100, (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047),
                        read_cifar(100)),
-    "MNIST": Source(10, (0.1307,) * 3, (0.3081,) * 3, read_mnist("MNIST")),
+    "MNIST": Source(10, (0.1307,) * 3, (0.3081,) * 3, read_mnist("MNIST"), flips=False),
     "FashionMNIST": Source(10, (0.2860,) * 3, (0.3530,) * 3, read_mnist("FashionMNIST")),
-    "digits": Source(10, (0.3054,) * 3, (0.3237,) * 3, read_digits),
+    "digits": Source(10, (0.3054,) * 3, (0.3237,) * 3, read_digits, flips=False),
 }

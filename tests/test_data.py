@@ -172,3 +172,11 @@ def test_real_cifar10(real_cifar10):
     x = torch.cat([x for x, _ in data.test.epoch(0)])
     means = x.mean((0, 2, 3)) * data.test.std + data.test.mean
     torch.testing.assert_close(means, torch.tensor([0.4942, 0.4851, 0.4504]), atol=2e-3, rtol=0)  # known channel means
+
+
+@pytest.mark.parametrize(("name", "flips"), [("CIFAR10", True), ("FashionMNIST", True), ("MNIST", False),
+                                             ("digits", False)])
+def test_digits_are_not_mirrored(name, flips):
+    images, labels = np.zeros((200, 32, 32, 3), np.uint8), np.zeros(200, int)
+    batches = ImageBatches(images, labels, SOURCES[name], 10, "cpu", shuffle=True, augment=True)
+    assert (set(batches.draws(0)[1].tolist()) == {0, 1}) == flips
