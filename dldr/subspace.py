@@ -332,11 +332,12 @@ class ProjectedBFGS(ProjectedOptimizer):
         return d, float(g @ d)
 
     @torch.no_grad()
-    def search(self, f: float, trial_loss: Callable[[], Tensor], gradient: Tensor | None = None) -> Search:
+    def search(self, f: float | None, trial_loss: Callable[[], Tensor], gradient: Tensor | None = None) -> Search:
         """One iteration from the loss f at w and its gradient (D,), by default the one that the parameters hold.
 
-        trial_loss() evaluates the same mini-batch's loss at the current w, a scalar. Trials leave no trace in the
-        model's buffers. Raises FloatingPointError, with w as it was, if the search ends on a loss that is not finite.
+        trial_loss() evaluates the same mini-batch's loss at the current w, a scalar; it is called for f, too, if that
+        is None. Trials leave no trace in the model's buffers. Raises FloatingPointError, with w as it was, if the
+        search ends on a loss that is not finite.
         """
         if gradient is None:
             gradient = self.gradient()
@@ -356,6 +357,8 @@ class ProjectedBFGS(ProjectedOptimizer):
                 module._buffers[name] = buffer.copy_(value)
             return loss
 
+        if f is None:
+            f = loss_at(0.0)
         search = armijo(loss_at, f, slope, first=options["lr"], rho=options["rho"], sigma=options["sigma"],
                         max_trials=options["max_trials"])
         if not math.isfinite(search.loss):
