@@ -1,425 +1,228 @@
-"""Time every stage of the scripts against a plain implementation of it (baseline.py), in turn on one machine.
+"""Time every stage of the scripts (STAGES) against a plain implementation of it (baseline.py), in turn on one machine.
 
 Each side has a process of its own, which sleeps while another works: A B A B ... after a warm-up repetition of each.
-Printed are medians, their ratio and its range over the repetitions; --json holds every single time. An epoch is one of
-the first --samples training images, random ones where --data has no cifar10.npz; the fewer, the more the start of the
-baseline's DataLoader (a few tenths of a second) weighs.
-
-sgd, psgd, pbfgs, evaluation, basis: the baseline and ours; with --half also ours without and with --half
-step:    an SGD step in utils.train_epoch, and a bare forward + backward pass before each, on batches that are ready
-passes:  an iteration of P-BFGS, and its forward + backward and trial passes alone
-save:    the checkpoint of an SGD run of --save-arch (ImageNet's ResNet-50), which a stopped run has to write
-startup: train_sgd.py from the command to the snapshot after its first iteration, data in the page cache
-
-Run it on an idle machine.
+Printed are medians, their ratio and its range. An epoch is one of the first --samples training images, of the digits
+where --data has no cifar10.npz, and in SGD ends with its snapshot. Predicted before any run on a GPU: beside an H100 a
+normal host's baseline takes 1.5 to 2.5 s for an epoch of SGD: 3 to 5 times ours, not 10. Run it on an idle machine.
 
 Example:
-  python benchmarks/run.py --json results/cpu-speed/benchmark.json
+  python benchmarks/run.py --half --json results/cpu-speed/benchmark.json
 """
-import argparse
-import contextlib
-import gc
 import itertools
 import multiprocessing
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from statistics import mean, median
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import baseline
+import common
+import torch
+from common import seconds
 
 import datasets
-import graphs
 import models
-import runs
 import train_sgd
 import utils
-from subspace import ProjectedBFGS, ProjectedSGD, flat_parameters, frozen_statistics, pca_basis
+from dldr import engine, graphs
+from dldr.checkpoint import save_tensors
+from dldr.subspace import ProjectedBFGS, ProjectedSGD, flat_parameters, pca_basis
 
+BASIS = "basis of {snapshots} snapshots, k {n_components}: "
+SOLVERS = {"basis": "full", "basis_covariance": "covariance_eigh", "basis_gram": "gram"}
 STAGES = {  # what over what; the sides that do it; what is aimed at for ResNet-20 in float32 on two CPU cores
     "sgd": ("SGD epoch, batch {batch_size}: baseline / ours", "product baseline half", ">= 1.25"),
     "psgd": ("P-SGD epoch, batch {batch_size}: baseline / ours", "product baseline half", ">= 1.25"),
     "pbfgs": ("P-BFGS epoch, batch {pbfgs_batch_size}: baseline / ours", "product baseline half", ">= 1.4"),
     "evaluation": ("evaluation, {test_samples:,} images: baseline / ours", "product baseline half", ">= 1.5"),
-    "basis": ("basis of {snapshots} snapshots, k {n_components}: scikit-learn / ours", "product baseline", ">= 10"),
+    "basis": (BASIS + "scikit-learn / ours", "product baseline", ">= 10"),
+    "basis_covariance": (BASIS + "scikit-learn's covariance_eigh / ours", "product baseline", ""),
+    "basis_gram": (BASIS + "plain Gram + eigh / ours", "product baseline", ""),
     "step": ("SGD step, batch {batch_size} / bare forward + backward", "product", "<= 1.05"),
     "passes": ("P-BFGS iteration, batch {pbfgs_batch_size} / its passes", "product", ""),
     "save": ("checkpoint of {save_arch}", "product", ""),
-    "startup": ("train_sgd.py to the end of its first iteration", "product", "< 5 s"),
+    "startup": ("train_sgd.py, one iteration on the digits, from start to end", "product", "< 5 s"),
 }
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 PSGD_LR = 0.1  # not the script's 1, which diverges in a subspace of single steps; it takes the same time
 
 
 def parse_args(argv=None):
-    description, example = __doc__.strip().split("\n\nExample", 1)
-    parser = argparse.ArgumentParser(
-        description=description, epilog="example" + example, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES, metavar="STAGE",
-                        help="default: all")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
+    parser = common.parser(__doc__)
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES, metavar="STAGE", help="which")
     parser.add_argument("--half", action="store_true", help="also time the scripts' --half against them without it")
-    parser.add_argument("--data", default="data/", metavar="DIR", help="where cifar10.npz lies (default: data/)")
-    parser.add_argument("--samples", type=utils.count, metavar="N",
-                        help="training images of an epoch (default: 50000 on CUDA, 5000 on a CPU)")
-    parser.add_argument("--arch", default="resnet20", help="network (default: resnet20)")
+    parser.add_argument("--samples", type=utils.count, help="of an epoch (default: 50000 on CUDA, 5000 on a CPU)")
     for name, value, text in (
         ("--runs", 5, "timed repetitions"), ("--test-samples", 10_000, "images of an evaluation"),
         ("--batch-size", 128, "of SGD and P-SGD"), ("--pbfgs-batch-size", 1024, "of P-BFGS"),
-        ("--snapshots", 81, "parameter vectors of the basis: one per step of a short SGD run"),
-        ("--n_components", 40, "dimensions"),
-    ):
-        parser.add_argument(name, type=utils.count, default=value, metavar="N", help=f"{text} (default: {value})")
-    parser.add_argument("--save-arch", default="resnet50", metavar="ARCH", help="of torchvision (default: resnet50)")
-    parser.add_argument("--json", metavar="FILE", help="write the results here; temporary files lie beside it")
+        ("--snapshots", 81, "of the basis: one per step of a short SGD run"), ("--n_components", 40, "dimensions"),
+        ("--data", "data/", "where cifar10.npz lies"), ("--arch", "resnet20", "network"),
+        ("--save-arch", "resnet50", "network of torchvision")):
+        parser.add_argument(name, type=str if isinstance(value, str) else utils.count, default=value, help=text)
     return parser.parse_args(argv)
 
 
-@contextlib.contextmanager
-def clock(device, times):
-    """Append the seconds that the block takes to `times`, its work on the device included (on a GPU: CUDA events)."""
-    if device.type == "cpu":
-        start = time.perf_counter()
-        yield
-        times.append(time.perf_counter() - start)
-    else:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record(torch.cuda.current_stream(device))
-        yield
-        end.record(torch.cuda.current_stream(device))
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-
-
-def seconds(device, function, *args):
-    """Seconds of function(*args), see `clock`, and what it returned."""
-    times = []
-    with clock(device, times):
-        result = function(*args)
-    return times[0], result
-
-
-def read_data(args):
-    """x_train, y_train, x_test, y_test: the first images of CIFAR-10, or random ones."""
-    sizes = args.samples, args.samples, args.test_samples, args.test_samples
-    if args.images == "CIFAR10":
-        arrays = datasets.SOURCES["CIFAR10"].read(Path(args.data))
-        return [array[:n].copy() for array, n in zip(arrays, sizes, strict=True)]
-    rng = np.random.default_rng(1)
-    return [rng.integers(0, 10, n) if i % 2 else rng.integers(0, 256, (n, 32, 32, 3), np.uint8)
-            for i, n in enumerate(sizes)]
-
-
-def network(args, device):
-    """The same initial network everywhere."""
-    torch.manual_seed(1)
-    return models.get_model(args.arch, 10).to(device)
-
-
-# ------------------------------------------------------------------------------------------------------- the two sides
-# Both functions prepare a stage and return repeat(i), which does its i-th repetition and returns what to keep of it.
-# `worker` adds the seconds it took, unless it says them itself; a "reference" is what to compare them to.
-
-
-def product(stage, args, data, directory, device, half):
-    """A stage as the scripts do it."""
-    if stage in ("basis", "save", "startup"):
-        return {"basis": basis, "save": save, "startup": startup}[stage](args, directory, device)
-    model, cuda, source = network(args, device), device.type == "cuda", datasets.SOURCES["CIFAR10"]
+def prepare(side, stage, args, directory, device):
+    """A stage's repeat(), as the scripts or as people write it; returns what to keep, perhaps its own "seconds"."""
+    ours, searching, k = side != "baseline", stage in ("pbfgs", "passes"), args.n_components
+    if stage == "save":
+        model = models.get_model(args.save_arch, 1000, "ImageNet").to(device)
+        state = {"model": model.state_dict(), "momentum": torch.zeros_like(flat_parameters(model))}
+        return lambda: {"megabytes": save_tensors(directory / "checkpoint.pt", state).stat().st_size / 1e6}
+    if stage == "startup":
+        script = [sys.executable, train_sgd.__file__, "--datasets=digits", "--smalldatasets=0.05", "--epochs=1",
+                  f"--arch={args.arch}", f"--device={args.device}", f"--save-dir={directory}/run", "--overwrite"]
+        return lambda: {"status": subprocess.run(script, stdout=subprocess.DEVNULL, check=True).returncode}
+    window = torch.load(directory / "window.pt").to(device) if stage != "trajectory" else None
+    if stage in SOLVERS:
+        return lambda: {"P": pca_basis(window, k)[0] if ours else baseline.basis(window, k, SOLVERS[stage])}
+    torch.manual_seed(1)  # the same initial network everywhere
+    model, source = models.get_model(args.arch, 10).to(device), datasets.SOURCES["CIFAR10"]
+    x, y, *test = datasets.SOURCES[args.dataset].read(Path(args.data))
+    x, y, test = x[:args.samples], y[:args.samples], [array[:args.test_samples] for array in test]
     if stage == "evaluation":
-        test = datasets.ImageBatches(*data[2:], source, datasets.EVALUATION_BATCH[device.type], device)
-        return lambda i: utils.evaluate(model, test.epoch(0), half)
+        if not ours:
+            return partial(baseline.epoch, model, baseline.loader(*test, 128, device, augment=False), device)
+        test = datasets.ImageBatches(*test, source, datasets.EVALUATION_BATCH[device.type], device)
+        return lambda: engine.evaluate(model, test.epoch(0), side == "half")
+    batch_size = args.pbfgs_batch_size if searching else args.batch_size
+    P = pca_basis(window, k)[0] if stage in ("psgd", "pbfgs", "passes") else None
+    if not ours:
+        options = {"sgd": SGD, "psgd": {"lr": PSGD_LR, "momentum": 0.9}, "pbfgs": {"lr": 1}}[stage]
+        optimizer, memory = torch.optim.SGD(model.parameters(), **options), {}
+        loader = baseline.loader(x, y, batch_size, device, augment=True)
+        step = {"sgd": lambda *_: optimizer.step(), "psgd": lambda *_: baseline.psgd_step(model, optimizer, P),
+                "pbfgs": partial(baseline.pbfgs_step, model, optimizer, P, memory, directory / "trial.pt")}[stage]
 
-    searching = stage in ("pbfgs", "passes")
-    w = flat_parameters(model)
-    batches = datasets.ImageBatches(*data[:2], source, args.pbfgs_batch_size if searching else args.batch_size, device,
-                                    seed=1, shuffle=True, augment=True)
-    ready = (batch for e in itertools.count() for batch in batches.epoch(e)
-             if len(batch[1]) == min(batches.batch_size, batches.samples))  # full ones, without end
-    capture = graphs.capturer("auto", model, device)
-    passes = capture(utils.training_passes(model, half))
-    trial_loss = capture(lambda x, y: F.cross_entropy(model(x), y))
-    if stage in ("sgd", "step", "trajectory"):
-        algorithm = torch.optim.SGD([w], lr=0.1, momentum=0.9, weight_decay=1e-4, fused=cuda)
-    else:
-        window = torch.load(directory / "window.pt", weights_only=True)
-        P, _ = pca_basis(window.to(device, copy=True), args.n_components)
-        algorithm = ProjectedBFGS(w, P) if searching else ProjectedSGD(w, P, PSGD_LR)
-    step = capture(algorithm.step)
+        def plain_epoch():
+            facts = baseline.epoch(model, loader, device, step)
+            if stage == "sgd":
+                torch.save(model.state_dict(), directory / "baseline.pt")
+            return facts | {"trials_per_step": memory.pop("trials", 0) / len(loader)}
 
-    def search(loss, x, y):
-        with frozen_statistics(model), torch.no_grad():
-            algorithm.step(float(trial_loss(x, y)) if half else loss, lambda: trial_loss(x, y))
+        return plain_epoch
 
-    def train(batches, iterations, after_iteration=None):
-        facts = utils.train_epoch(model, w, batches, passes, search if searching else lambda *_: step(key=0),
-                                  iterations=iterations, read_every=50 if cuda and not searching else 1,
-                                  after_iteration=after_iteration)
-        return {**facts, **({"trials_per_step": algorithm.statistics()["trials_per_step"]} if searching else {})}
+    batches = datasets.ImageBatches(x, y, source, batch_size, device, seed=1, shuffle=True, augment=True)
+    epochs, w = map(batches.epoch, itertools.count()), flat_parameters(model)
+    ready = itertools.chain.from_iterable(epochs)  # mini-batches without end
+    optimizer = (ProjectedBFGS(model, P) if searching else ProjectedSGD(model, P, PSGD_LR) if stage == "psgd" else
+                 train_sgd.make_optimizer(utils.Arguments(optimizer="sgd", **SGD), list(model.parameters())))
+    loop = engine.Loop(model, optimizer, half=side == "half", read_every=1 if device.type == "cpu" else 50,
+                       capture=graphs.capturer("auto", model, device))
 
-    def trajectory(i):
+    def epoch():
+        facts = loop.train_epoch(next(epochs), sizes=batches.sizes)
+        if stage == "sgd" and all(torch.isfinite(value).all() for value in (w, *model.buffers())):
+            save_tensors(directory / f"{side}.pt", model.state_dict())
+        return facts | ({"trials_per_step": optimizer.statistics()["trials_per_step"]} if searching else {})
+
+    def trajectory():
         window = [w.cpu().clone()]  # (D,) before and after each step
-        train(itertools.islice(ready, args.snapshots - 1), args.snapshots - 1, lambda _: window.append(w.cpu().clone()))
+        loop.train_epoch(list(itertools.islice(ready, args.snapshots - 1)),
+                         after_iteration=lambda _: window.append(w.cpu().clone()))
         torch.save(torch.stack(window), directory / "window.pt")
         return {}
 
-    def steps_and_passes(i, count=10):
-        bare, steps, references = network(args, device).train(), [], []
+    def passes(x, y, trials):
+        loop.passes(x, y, len(y), 1) if searching else torch.nn.functional.cross_entropy(model(x), y).backward()
+        with torch.no_grad():
+            for _ in range(trials):
+                float(loop.trial_loss(x, y, len(y)))
 
-        def timed():
-            for x, y in itertools.islice(ready, count):
-                with clock(device, references):
-                    F.cross_entropy(bare(x), y).backward()
-                with clock(device, steps):
-                    yield x, y
+    def iterations():
+        whole, reference = [], []
+        for batch in itertools.islice(ready, graphs.WARM_UP + 2):
+            whole.append(seconds(device, loop.train_epoch, [batch])[0])
+            trials = int(optimizer.statistics()["trials_per_step"]) if searching else 0
+            reference.append(seconds(device, passes, *batch, trials)[0])
+        return {"seconds": median(whole), "reference": median(reference)}
 
-        train(timed(), count)
-        return {"seconds": statistics.median(steps), "reference": statistics.median(references)}
-
-    def iteration_and_passes(i):
-        for _ in range(1 if i else graphs.WARM_UP + 2):
-            (x, y), = itertools.islice(ready, 1)
-            whole, facts = seconds(device, train, [(x, y)], 1)
-            references = [seconds(device, passes, x, y)[0]]
-            for _ in range(int(facts["trials_per_step"])):
-                with clock(device, references), frozen_statistics(model), torch.no_grad():
-                    float(trial_loss(x, y))
-        return {**facts, "seconds": whole, "reference": sum(references)}
-
-    return {"trajectory": trajectory, "step": steps_and_passes, "passes": iteration_and_passes}.get(
-        stage, lambda i: train(batches.epoch(i), len(batches)))
+    return {"trajectory": trajectory, "step": iterations, "passes": iterations}.get(stage, epoch)
 
 
-def basis(args, directory, device):
-    window = torch.load(directory / "window.pt", weights_only=True).to(device)
-
-    def repeat(i):
-        copy = window.clone()  # pca_basis uses its window up
-        time, (P, _) = seconds(device, pca_basis, copy, args.n_components)
-        return {"seconds": time, "P": P.cpu().numpy()}
-
-    return repeat
+PREPARED = {}  # in a side's process: its current stage
 
 
-def save(args, directory, device):
-    """Copy network and momentum from the device and write them, flushed to the disk."""
-    model = models.get_model(args.save_arch, 1000, "ImageNet").to(device)
-    state = {"model": model.state_dict(), "algorithm": {"momentum_buffer": torch.zeros_like(flat_parameters(model))}}
-
-    def repeat(i):
-        time, path = seconds(device, runs.save_tensors, directory / "checkpoint.pt", state)
-        return {"seconds": time, "megabytes": path.stat().st_size / 1e6}
-
-    return repeat
+def start(side, device):
+    """Set up a side's process, as a script is."""
+    multiprocessing.set_start_method(None, force=True)  # loader workers are forked, as in any script
+    warnings.filterwarnings("ignore", "This DataLoader will create 4 worker")
+    torch.backends.cudnn.benchmark = True
+    if side != "baseline":
+        utils.set_up(device, conv_tf32=True)
 
 
-def startup(args, directory, device):
-    """An epoch of one iteration, on digits where there is no CIFAR-10, ended at its snapshot."""
-    name, samples = ("CIFAR10", 50_000) if args.images == "CIFAR10" else ("digits", 1437)
-    script = [sys.executable, train_sgd.__file__, "--datasets", name, "--data", args.data, "--arch", args.arch,
-              "--smalldatasets", str((args.batch_size + 0.5) / samples), "--batch-size", str(args.batch_size),
-              "--epochs", "1", "--device", args.device]
-
-    def repeat(i):
-        snapshot = directory / f"startup{i}" / "1.pt"
-        start = time.perf_counter()
-        process = subprocess.Popen([*script, "--save-dir", str(snapshot.parent)], stdout=subprocess.DEVNULL)
-        while not snapshot.exists():
-            if process.poll() is not None:
-                raise utils.InputError(f"train_sgd.py ended with status {process.returncode}")
-            time.sleep(0.01)
-        taken = time.perf_counter() - start
-        process.kill()
-        process.wait()
-        return {"seconds": taken, "dataset": name}
-
-    return repeat
-
-
-def plain(stage, args, data, directory, device):
-    """A stage as people write it."""
-    window = torch.load(directory / "window.pt", weights_only=True) if stage in ("psgd", "pbfgs", "basis") else None
-    if stage == "basis":
-        return lambda i: {"P": baseline.basis(window.numpy(), args.n_components)}
-    model = network(args, device)
-    if stage == "evaluation":
-        loader = baseline.loader(*data[2:], 128, device, augment=False)
-        return lambda i: baseline.evaluation(model, loader, device)
-    batch_size = args.pbfgs_batch_size if stage == "pbfgs" else args.batch_size
-    loader = baseline.loader(*data[:2], batch_size, device, augment=True)
-    lr, momentum, decay = {"sgd": (0.1, 0.9, 1e-4), "psgd": (PSGD_LR, 0.9, 0), "pbfgs": (1, 0, 0)}[stage]
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=decay)
-    if stage == "sgd":
-        return lambda i: baseline.sgd_epoch(model, loader, device, optimizer)
-    P, _ = pca_basis(window.to(device, copy=True), args.n_components)
-    if stage == "psgd":
-        return lambda i: baseline.psgd_epoch(model, loader, device, optimizer, P)
-    memory = {}
-    return lambda i: baseline.pbfgs_epoch(model, loader, device, optimizer, P, memory, directory / "temporary.pt")
-
-
-# ------------------------------------------------------------------------------------------------ in turn, and a table
-
-
-def worker(side, args, directory, threads, connection):
-    """Answer (stage, i) with what its i-th repetition gave, until the other end is closed."""
-    multiprocessing.set_start_method(None, force=True)  # "spawn" is for this process: a DataLoader in it starts its own
-    #                                                     workers as in any script, in 0.1 s and not in 10 s
-    torch.set_num_threads(threads)
-    if side == "baseline":
-        device = utils.pick_device(args.device)
-        torch.backends.cudnn.benchmark = True
-        warnings.filterwarnings("ignore", "This DataLoader will create 4 worker")
-    else:
-        device = utils.set_up(train_sgd.parse_args(["--device", args.device]))
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(device)
-    data, now, repeat = read_data(args), None, None
-    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
-        while True:
-            stage, i = connection.recv()
-            if stage != now:
-                now, repeat = stage, None
-                gc.collect()
-                if cuda:
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
-                repeat = (plain(stage, args, data, directory, device) if side == "baseline" else
-                          product(stage, args, data, directory, device, half=side == "half"))
-            time, facts = seconds(device, repeat, i)
-            if "P" in facts:
-                np.save(directory / f"{side}.npy", facts.pop("P"))
-            peak = {"peak_megabytes": torch.cuda.max_memory_allocated() / 1e6} if cuda else {}
-            connection.send({"seconds": time, **facts, **peak})
-
-
-@contextlib.contextmanager
-def workers(sides, args, directory):
-    """ask(side, stage, i): see `worker`; each side is a process that sleeps until it is asked."""
-    context = multiprocessing.get_context("spawn")
-    ends, processes = {}, []
-    for side in sides:
-        ends[side], theirs = context.Pipe()
-        processes.append(context.Process(target=worker, args=(side, args, directory, torch.get_num_threads(), theirs)))
-        processes[-1].start()
-        theirs.close()
-
-    def ask(side, stage, i):
-        try:
-            ends[side].send((stage, i))
-            return ends[side].recv()
-        except (EOFError, OSError):
-            raise utils.InputError(f"the {side}'s process ended in {stage}, see above") from None
-
-    try:
-        yield ask
-    finally:
-        for end in ends.values():
-            end.close()
-        for process in processes:
-            process.join()
+def repetition(side, stage, args, directory):
+    """What a repetition of a stage gave, its seconds included; in the side's process."""
+    device = utils.pick_device(args.device)
+    if stage not in PREPARED:
+        PREPARED.clear()
+        common.reset_peaks(device)
+        PREPARED[stage] = prepare(side, stage, args, directory, device)
+    taken, facts = seconds(device, PREPARED[stage])
+    if "P" in facts:
+        torch.save(facts.pop("P").cpu(), directory / f"{stage}-{side}.pt")
+    return {"seconds": taken, **facts, "peak": common.peaks(device)}
 
 
 def measure(args, directory):
-    """stage -> side -> what each timed repetition gave."""
-    sides, result = ["product", "baseline"] + ["half"] * args.half, {}
-    with workers(sides, args, directory) as ask:
-        if {"psgd", "pbfgs", "passes", "basis"} & set(args.stages):
-            ask("product", "trajectory", 0)
-        for stage in args.stages:
-            result[stage] = {side: [] for side in sides if side in STAGES[stage][1]}
-            for i in range(args.runs + 1):
-                for side, repetitions in result[stage].items():
-                    repetitions.append(ask(side, stage, i))
-            for repetitions in result[stage].values():
-                del repetitions[0]  # the warm-up
-            print(f"{stage}: done", file=sys.stderr, flush=True)
-    return result
+    """stage -> side -> what each timed repetition gave; and each basis's largest principal angle to a float64 SVD's."""
+    wanted = {stage: STAGES[stage][1].replace("half", "half" * args.half).split() for stage in args.stages}
+    stages, new = {}, partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), start)
+    processes = {side: new((side, args.device)) for side in ("product", "baseline", "half")}  # start when asked
+
+    def ask(side, stage):
+        return processes[side].submit(repetition, side, stage, args, directory).result()
+
+    ask("product", "trajectory")
+    for stage, sides in wanted.items():
+        runs = [{side: ask(side, stage) for side in sides} for _ in range(args.runs + 1)]
+        stages[stage] = {side: [run[side] for run in runs[1:]] for side in sides}  # without the warm-up
+        print(f"{stage}: done", file=sys.stderr, flush=True)
+    X = torch.load(directory / "window.pt").double()
+    exact, angles = torch.linalg.svd(X - X.mean(0), full_matrices=False)[2][:args.n_components], {}
+    for path in sorted(directory.glob("basis*-*.pt")):
+        Q = torch.linalg.qr(torch.load(path).double().T)[0]
+        angles[path.stem] = float(torch.linalg.matrix_norm(Q - exact.T @ (exact @ Q), 2).clamp(max=1).asin())
+    return stages, angles
 
 
-def compare(args, stages, targets):
-    """The lines of the table as dicts, from what `measure` gave."""
-    lines = []
-    for stage, sides in stages.items():
-        title, _, target = STAGES[stage]
-        title = title.format(**vars(args))
-        times = {side: [facts["seconds"] for facts in repetitions] for side, repetitions in sides.items()}
-        ours, reference = times["product"], [facts.get("reference") for facts in sides["product"]]
-        lines.append((title, *((times["baseline"], ours) if "baseline" in times else (ours, reference)),
-                      target if targets else ""))
-        if "half" in times:
-            lines.append((title.replace("baseline / ours", "ours / with --half"), ours, times["half"], ""))
-    for i, (title, above, below, target) in enumerate(lines):
-        lines[i] = {"what": title, "median": statistics.median(above), "target": target}
-        if below[0]:
-            ratios = [a / b for a, b in zip(above, below, strict=True)]
-            other = statistics.median(below)
-            lines[i] |= {"median_of_other": other, "ratio": lines[i]["median"] / other, "lowest": min(ratios),
-                         "highest": max(ratios)}
-    return lines
-
-
-def table(lines):
-    targets = any(line["target"] for line in lines)
-    text = "| A / B | A, s | B, s | ratio | range |" + " target |" * targets
-    text += "\n|---|--:|--:|--:|--:|" + "--:|" * targets
-    for line in lines:
-        cells = "| {what} | {median:.3g} | "
-        cells += "{median_of_other:.3g} | {ratio:.2f} | {lowest:.2f} to {highest:.2f} |" if "ratio" in line else "| | |"
-        text += "\n" + (cells + " {target} |" * targets).format(**line)
-    return text
-
-
-def angle(P, Q):
-    """Largest principal angle (radians) between the row spans of P and Q (k, D)."""
-    P, Q = (np.linalg.qr(np.asarray(M, dtype=np.float64).T)[0] for M in (P, Q))
-    return float(np.arcsin(min(1.0, np.linalg.norm(Q - P @ (P.T @ Q), 2))))
-
-
-def accuracy(directory):
-    """Principal angles between our basis, scikit-learn's and numpy's SVD in float64."""
-    ours, sklearn = (np.load(directory / f"{side}.npy", allow_pickle=False).astype(np.float64)
-                     for side in ("product", "baseline"))
-    X = torch.load(directory / "window.pt", weights_only=True).double().numpy()
-    exact = np.linalg.svd(X - X.mean(0), full_matrices=False)[2][:len(ours)]
-    return {"angle_to_sklearn_full": angle(ours, sklearn), "angle_to_float64_svd": angle(ours, exact),
-            "angle_of_sklearn_full_to_float64_svd": angle(sklearn, exact),
-            "orthonormality_error": float(np.abs(ours @ ours.T - np.eye(len(ours))).max())}
+def table(args, stages, targets):
+    """The Markdown table of what `measure` gave."""
+    lines = ["| A / B | A, s | B, s | ratio | range | target |", "|---|--:|--:|--:|--:|--:|"]
+    for stage, found in stages.items():
+        times = {side: [facts["seconds"] for facts in runs] for side, runs in found.items()}
+        times["reference"] = [facts["reference"] for facts in found["product"] if "reference" in facts]
+        pairs = [("baseline", "product"), ("product", "half"), ("product", "reference")]
+        for above, below in [pair for pair in pairs if all(map(times.get, pair))] or [("product", "reference")]:
+            A, B, what, cells = times[above], times[below], STAGES[stage][0].format(**vars(args)), "| | "
+            what = what.replace("baseline / ours", "ours / with --half") if below == "half" else what
+            if B:
+                ratios = [a / b for a, b in zip(A, B, strict=True)]
+                cells = f"{median(B):.3g} | {median(A) / median(B):.2f} | {min(ratios):.2f} to {max(ratios):.2f}"
+            lines.append(f"| {what} | {median(A):.3g} | {cells} | {STAGES[stage][2] * (targets and below != 'half')} |")
+    return "\n".join(lines)
 
 
 def main(args):
     device = utils.pick_device(args.device)
-    models.check_name(args.arch)
     args.samples = args.samples or (50_000 if device.type == "cuda" else 5_000)
-    args.images = "CIFAR10" if (Path(args.data) / "cifar10.npz").is_file() else "random"
-    beside = Path(args.json or "benchmark.json").parent
-    beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".benchmark-", dir=beside) as directory:
-        stages = measure(args, Path(directory))
-        angles = accuracy(Path(directory)) if "basis" in stages else {}
-    lines = compare(args, stages, targets=device.type == "cpu" and args.arch == "resnet20")
-    print(f"{args.arch} on {device}, medians of {args.runs}, epochs of {args.samples:,} {args.images} images\n")
-    print(table(lines), "\n")
-    for side, repetitions in stages.get("pbfgs", {}).items():
-        print(f"P-BFGS trials per step, {side}: {statistics.mean(f['trials_per_step'] for f in repetitions):.2f}")
-    print("".join(f"basis, {name}: {value:.1e}\n" for name, value in angles.items()), end="")
-    if args.json:
-        runs.save_json(Path(args.json), {
-            "command": runs.command_line(), "settings": vars(args), "table": lines, "stages": stages, "basis": angles,
-            "versions": runs.versions(), "hardware": runs.hardware(device), "git_revision": runs.git_revision()})
+    args.dataset = "CIFAR10" if (Path(args.data) / "cifar10.npz").is_file() else "digits"
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as directory:
+        stages, angles = measure(args, Path(directory))
+    print(f"{args.arch} on {device}, medians of {args.runs}, epochs of {args.samples:,} images of {args.dataset}\n")
+    print(table(args, stages, targets=device.type == "cpu" and args.arch == "resnet20"), "\n")
+    for side, runs in stages.get("pbfgs", {}).items():
+        print(f"P-BFGS trials per step, {side}: {mean(facts['trials_per_step'] for facts in runs):.2f}")
+    print(*(f"{name}: {value:.1e} radians from a float64 SVD" for name, value in angles.items()), sep="\n")
+    common.save(args.json, device, {"settings": vars(args), "stages": stages, "angles": angles})
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # workers and temporary files go with this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # processes and temporary files go with this one
     utils.run_script(parse_args, main)
