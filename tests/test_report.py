@@ -123,8 +123,10 @@ def test_targets_are_compared_with_the_very_setting_only(runs):
     assert report.compared([run(90.9), run(91.1, 2)]) == ("91.95 [A]", "-0.95 (beyond the spread)")
     assert report.compared([run(91.0, n_components=25)]) == ("91.77 [B]", "-0.77 (one seed)")
     for changed in ({"smalldatasets": 0.2}, {"epochs": 30}, {"params_end": 71}, {"arch": "resnet32"}, {"lr": 0.5},
-                    {"basis": "random"}, {"n_components": 39}):
+                    {"basis": "random"}, {"n_components": 39}, {"half": True}, {"accumulate": 2}, {"momentum": 0.5},
+                    {"milestones": [10]}):
         assert report.compared([run(92.0, **changed)]) == ("-", "-")
+    assert report.compared([{**run(92.0), "hardware": {"processes": 2}}]) == ("-", "-")
     rows = report.table([run(91.0), run(92.0, n_components=3), run(90.0, 2)])
     assert "| -1.45 (beyond the spread) |" in rows and rows.count("\n") == 4
 
@@ -146,3 +148,20 @@ def test_svg_is_the_same_every_time(runs, tmp_path):
         report.main(report.parse_args([str(runs), "--figures", str(tmp_path), "--format", "svg"]))
         drawn.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
     assert drawn[0] == drawn[1] and set(drawn[0]) == {"accuracy.svg", "variance.svg"}
+
+
+def test_a_run_counts_once_and_different_experiments_are_different_rows(runs, tmp_path, capsys):
+    """A copy below the same root is no second seed; other data, classes or sampling are no second seed either."""
+    shutil.copytree(runs, tmp_path / "tables" / "copy")
+    shutil.copytree(runs, tmp_path / "run")
+    found = report.find_runs([tmp_path])
+    assert [run["method"] for run in found] == ["sgd", "psgd"]
+    psgd = found[1]
+    again = {**psgd, "seed": 2, "args": {**psgd["args"], "randomseed": 2},
+             "data": {**psgd["data"], "labels": "noisy ones of another seed"}}
+    assert len(report.grouped([psgd, again])) == 1
+    for other in ({"data": {**psgd["data"], "content": "0"}}, {"data": {**psgd["data"], "classes": 3}},
+                  {"sampling": {**psgd["sampling"], "optimizer": "adam"}}):
+        assert len(report.grouped([psgd, {**again, **other}])) == 2
+    assert "seeds (1, 1)" in report.table([psgd, {**psgd, "finished": "later"}])
+    assert "a seed twice in one row" in capsys.readouterr().err
