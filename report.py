@@ -1,7 +1,7 @@
 """Tables and figures of finished runs: reads the *_summary.json and *_log.jsonl below the given directories.
 
-Prints a Markdown table with one row per setting: parameters trained, epochs, last and best test accuracy, the figure on
-record for that very setting (results/targets.json) and the difference from it, seconds; runs that differ in their seed
+Prints a Markdown table with one row per setting: parameters trained, epochs, last and best test accuracy, the published
+accuracy of the same setting (results/targets.json) and the difference from it, seconds; runs that differ in their seed
 only share a row, as mean ± standard deviation. Runs that have begun and not ended are listed below it. With --figures
 it draws what the runs have data for:
 
@@ -155,7 +155,7 @@ def on_record(run):
 
 
 def compared(group):
-    """Target and difference of a row: of the last epoch, with a word where the seeds' spread does not cover it."""
+    """Target and difference of a row: of the last epoch, flagged if larger than one standard deviation."""
     target, values = on_record(group[0]), [run["test_accuracy_last"] for run in group]
     if target is None or None in values:
         return "-", "-"

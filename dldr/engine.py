@@ -154,10 +154,10 @@ class Loop:
             with sync(), cudnn_benchmark(sizes[i] == sizes[0]):
                 record[i] = self.passes(x, y, sizes[i], group)
             if (i + 1) % self.read_every == 0 or i + 1 == n:
-                for loss, hits in distributed.all_reduce(record[read:i + 1]).tolist():
+                for loss, right in distributed.all_reduce(record[read:i + 1]).tolist():
                     if not math.isfinite(loss):
                         raise NonFiniteLoss(f"the training loss is {loss} at iteration {read + 1}")
-                    loss_sum, correct, seen = loss_sum + loss * sizes[read], correct + hits, seen + sizes[read]
+                    loss_sum, correct, seen = loss_sum + loss * sizes[read], correct + right, seen + sizes[read]
                     read += 1
                 if progress is not None:
                     progress.set_postfix(loss=f"{loss_sum / seen:.4f}", accuracy=f"{100 * correct / seen:.2f}%",
