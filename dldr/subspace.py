@@ -252,6 +252,28 @@ def bfgs_update(B: Tensor, s: Tensor, y: Tensor) -> Tensor:
     return V @ B @ V.T + torch.outer(s, s) / ys
 
 
+def keep_buffers(model: nn.Module) -> Callable[[], None]:
+    """A function that restores all buffers to their present values: batch-norm statistics and the like."""
+    owners = [(module._buffers, name, buffer) for module in model.modules()
+              for name, buffer in module._buffers.items() if buffer is not None]
+    groups = {}
+    for _, _, buffer in owners:
+        groups.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+    kept = []  # one copy for each dtype, since a GPU waits for the launches of many small ones
+    for buffers in groups.values():
+        flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+        values = flat.split([buffer.numel() for buffer in buffers])
+        kept.append((buffers, [value.view_as(buffer) for value, buffer in zip(values, buffers, strict=True)]))
+
+    def restore():
+        for buffers, values in kept:
+            torch._foreach_copy_(buffers, values)
+        for slots, name, buffer in owners:
+            slots[name] = buffer
+
+    return restore
+
+
 class Search(NamedTuple):
     t: float  # step length of the last trial
     loss: float  # its loss
@@ -346,14 +368,12 @@ class ProjectedBFGS(ProjectedOptimizer):
         d, slope = self.direction(g)
         direction = self.basis.lift(d.to(projected))
         self.before.copy_(self.w)
-        buffers = [(module, name, buffer, buffer.clone()) for module in self.model.modules()
-                   for name, buffer in module._buffers.items() if buffer is not None]
+        restore = keep_buffers(self.model)
 
         def loss_at(t):
             torch.add(self.before, direction, alpha=t, out=self.w)
             loss = trial_loss().item()  # the one host synchronisation of a trial
-            for module, name, buffer, value in buffers:  # batch-norm statistics and the like
-                module._buffers[name] = buffer.copy_(value)
+            restore()
             return loss
 
         if f is None:
