@@ -5,22 +5,41 @@ Training: RandomResizedCrop(224) and flip; evaluation: Resize(256), CenterCrop(2
 import signal
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision.datasets as tv_datasets
 from torchvision.transforms import v2
 
-from datasets import IMAGENET_MEAN, IMAGENET_STD, Data, batch_sizes, kept_samples, noisy_labels, shares
+from datasets import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Data,
+    batch_sizes,
+    kept_samples,
+    noisy_labels,
+    shares,
+    warn_of_missing,
+)
 from dldr.errors import UserError
 
 
 def load(root, *, batch_size, device, seed, corrupt=0.0, part=None, workers=4):
-    """Data of the image folders under `root`; as many classes as train/ has folders. See `datasets.load`."""
+    """Data of the image folders under `root`; as many classes as train/ has folders. See `datasets.load`.
+
+    Files are sorted by class, so the first ones will not do: `part` keeps the first int(part N) of a permutation of all
+    N (a smaller part is within a larger one), the same for every seed, since stages may differ in theirs; `corrupt`
+    redraws the first int(corrupt n) of a permutation of the n kept ones by `seed`.
+    """
     train, test = Folder(root, "train", TRAIN), Folder(root, "val", EVAL)
     if train.class_to_idx != test.class_to_idx:
         raise UserError(f"--data {root}: train/ and val/ must have the same class folders")
-    train.samples = train.samples[: kept_samples(len(train.samples), part)]
-    labels = noisy_labels([label for _, label in train.samples], corrupt, len(train.classes), seed)
-    train.samples = [(path, int(label)) for (path, _), label in zip(train.samples, labels, strict=True)]
+    n = len(train.samples)
+    kept = np.sort(np.random.default_rng(0).permutation(n)[: kept_samples(n, part)])
+    paths, labels = zip(*[train.samples[i] for i in kept], strict=True)
+    warn_of_missing(labels, len(train.classes), part)
+    order = np.random.default_rng(seed).permutation(len(kept))
+    labels = noisy_labels(labels, corrupt, len(train.classes), seed, order)
+    train.samples = list(zip(paths, labels.tolist(), strict=True))
     return Data(
         len(train.classes),
         FolderBatches(train, batch_size, device, workers, seed=seed, shuffle=True),
