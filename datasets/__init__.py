@@ -190,6 +190,8 @@ def check_arrays(arrays, classes, where):
             raise UserError(f"{where}: y_{split} must be ({len(images)},) integer, not {labels.shape} {labels.dtype}")
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
             raise UserError(f"{where}: y_{split} must hold labels 0 to {classes - 1}")
+        if images.max() <= 1:
+            raise UserError(f"{where}: x_{split} must hold pixels of 0 to 255; its largest is {images.max()}")
     return arrays
 
 

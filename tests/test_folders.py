@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import datasets
+from dldr.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,6 +75,62 @@ def test_a_part_without_some_classes_says_so(folder, capsys, name, part):
     assert f"warning: --smalldatasets {part} keeps no sample of {lacking} of 10 classes\n" == capsys.readouterr().err
     datasets.load(name, part=0.9, **options)
     assert not capsys.readouterr().err
+
+
+def test_hidden_files_and_folders_are_no_images_and_no_classes(folder):
+    root = folder()
+    data = load(root)
+    for split in ("train", "val"):
+        shutil.copytree(root / split / "c0", root / split / ".ipynb_checkpoints")
+        shutil.copytree(root / split / "c0", root / split / "c0" / ".ipynb_checkpoints")
+        (root / split / "c1" / "._0.JPEG").write_bytes(b"Mac OS X")
+    again = load(root)
+    assert again.classes == 2 and samples(again) == samples(data) and again.test.samples == data.test.samples
+    shutil.move(root, root.parent / ".images")  # where the data lie may be hidden
+    assert load(root.parent / ".images").train.samples == 8
+
+
+def test_class_folders_that_differ_are_named(folder):
+    root = folder()
+    shutil.copytree(root / "train" / "c0", root / "train" / "cat")
+    shutil.move(root / "val" / "c1", root / "val" / "dog")
+    with pytest.raises(UserError, match="only in train/: c1, cat; only in val/: dog"):
+        load(root)
+
+
+# ----------------------------------------------------------------------------------------------- which are refused
+
+
+def first_pixels(root):
+    (x, _), *_ = load(root).test.epoch(0)
+    return x[0]
+
+
+def test_16_bit_png_looks_as_with_8_bits(folder):
+    root = folder(classes=1)
+    grey = np.random.default_rng(0).integers(0, 256, (256, 256), dtype=np.uint8)
+    images = []
+    for pixels in (grey, grey.astype(np.uint16) * 257):
+        shutil.rmtree(root / "val" / "c0")
+        draw(root / "val" / "c0" / "0.png", pixels)
+        images.append(first_pixels(root))
+    assert torch.equal(*images)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_other_depths_are_refused_by_name(folder, dtype):
+    root = folder(classes=1)
+    path = draw(root / "val" / "c0" / "0.tif", np.full((40, 48), 200, dtype))
+    (path.parent / "0.JPEG").unlink()
+    with pytest.raises(UserError, match=f"{path}.*8 bits"):
+        first_pixels(root)
+
+
+def test_npz_of_images_scaled_to_one_is_refused(tmp_path):
+    arrays = {"x_train": np.full((20, 32, 32, 3), 9, np.uint8), "x_test": np.ones((10, 32, 32, 3), np.uint8)}
+    np.savez(tmp_path / "cifar10.npz", **arrays, y_train=np.zeros(20, int), y_test=np.zeros(10, int))
+    with pytest.raises(UserError, match="x_test.*0 to 255.*largest is 1"):
+        datasets.load("CIFAR10", tmp_path, batch_size=8, device="cpu", seed=1)
 
 
 def test_real_photographs(tmp_path):
