@@ -55,7 +55,8 @@ def load(name, root, *, batch_size, device, seed, corrupt=0.0, part=None, worker
     """Data(classes, train, test) of data set `name` under directory `root`.
 
     `part` keeps the first int(part N) training samples; then the first int(corrupt n) labels of what is left are
-    redrawn (`noisy_labels`). Raises UserError for missing or malformed data.
+    redrawn (`noisy_labels`). Image folders, which are sorted by class, have both drawn (`imagenet.load`). Raises
+    UserError for missing or malformed data.
     """
     check_name(name)
     if name == "ImageNet":
@@ -66,6 +67,7 @@ def load(name, root, *, batch_size, device, seed, corrupt=0.0, part=None, worker
     source = SOURCES[name]
     arrays = x_train, y_train, x_test, y_test = source.read(Path(root))
     keep = kept_samples(len(x_train), part)
+    warn_of_missing(y_train[:keep], source.classes, part)
     y_train = noisy_labels(y_train[:keep], corrupt, source.classes, seed)
     train = ImageBatches(x_train[:keep], y_train, source, batch_size, device, seed=seed, shuffle=True,
                          augment=True)
@@ -96,11 +98,23 @@ def kept_samples(n, part):
     return keep
 
 
-def noisy_labels(labels, corrupt, classes, seed):
-    """A copy of `labels` (n,), the first int(corrupt n) redrawn uniformly over all classes, the true one included."""
+def warn_of_missing(labels, classes, part):
+    """Say so on stderr if the training samples that --smalldatasets keeps lack classes."""
+    missing = classes - len(np.unique(labels))
+    if part is not None and missing and distributed.rank() == 0:
+        print(f"warning: --smalldatasets {part} keeps no sample of {missing} of {classes} classes", file=sys.stderr,
+              flush=True)
+
+
+def noisy_labels(labels, corrupt, classes, seed, order=None):
+    """A copy of `labels` (n,), the first int(corrupt n) redrawn uniformly over all classes, the true one included.
+
+    With `order`, a permutation of 0 ... n - 1, those are the first ones in it.
+    """
     labels = np.array(labels, dtype=np.int64)
     count = int(corrupt * len(labels))
-    labels[:count] = np.random.RandomState(seed).randint(0, classes, count)
+    redrawn = slice(count) if order is None else order[:count]
+    labels[redrawn] = np.random.RandomState(seed).randint(0, classes, count)
     return labels
 
 
@@ -195,6 +209,8 @@ def check_arrays(arrays, classes, where):
             raise UserError(f"{where}: y_{split} must be ({len(images)},) integer, not {labels.shape} {labels.dtype}")
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
             raise UserError(f"{where}: y_{split} must hold labels 0 to {classes - 1}")
+        if images.max() <= 1:
+            raise UserError(f"{where}: x_{split} must hold pixels of 0 to 255; its largest is {images.max()}")
     return arrays
 
 

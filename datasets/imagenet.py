@@ -2,20 +2,43 @@
 
 Training: RandomResizedCrop(224) and flip; evaluation: Resize(256), CenterCrop(224); both normalised.
 """
+import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision.datasets as tv_datasets
+from PIL import Image
+from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import v2
 
+<<<<<<< ours
 from datasets import IMAGENET_MEAN, IMAGENET_STD, Data, batch_sizes, describe, kept_samples, noisy_labels, shares
+=======
+from datasets import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Data,
+    batch_sizes,
+    kept_samples,
+    noisy_labels,
+    shares,
+    warn_of_missing,
+)
+>>>>>>> theirs
 from dldr.errors import UserError
 
 
 def load(root, *, batch_size, device, seed, corrupt=0.0, part=None, workers=4):
-    """Data of the image folders under `root`; as many classes as train/ has folders. See `datasets.load`."""
+    """Data of the image folders under `root`; as many classes as train/ has folders. See `datasets.load`.
+
+    Files are sorted by class, so the first ones will not do: `part` keeps the first int(part N) of a permutation of all
+    N (a smaller part is within a larger one), the same for every seed, since stages may differ in theirs; `corrupt`
+    redraws the first int(corrupt n) of a permutation of the n kept ones by `seed`.
+    """
     train, test = Folder(root, "train", TRAIN), Folder(root, "val", EVAL)
+<<<<<<< ours
     if train.class_to_idx != test.class_to_idx:
         raise UserError(f"--data {root}: train/ and val/ must have the same class folders")
     content = [f"{path}\t{label}\n".encode() for folder in (train, test) for path, label in folder.named()]
@@ -25,6 +48,25 @@ def load(root, *, batch_size, device, seed, corrupt=0.0, part=None, workers=4):
     batches = (FolderBatches(train, batch_size, device, workers, seed=seed, shuffle=True),
                FolderBatches(test, batch_size, device, workers))
     return Data(len(train.classes), *batches, describe(len(train.classes), *batches, content, labels))
+=======
+    only = {"train": set(train.classes) - set(test.classes), "val": set(test.classes) - set(train.classes)}
+    if any(only.values()):
+        differences = "; ".join(f"only in {split}/: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
+                                for split, names in only.items() if names)
+        raise UserError(f"--data {root}: train/ and val/ must have the same class folders; {differences}")
+    n = len(train.samples)
+    kept = np.sort(np.random.default_rng(0).permutation(n)[: kept_samples(n, part)])
+    paths, labels = zip(*[train.samples[i] for i in kept], strict=True)
+    warn_of_missing(labels, len(train.classes), part)
+    order = np.random.default_rng(seed).permutation(len(kept))
+    labels = noisy_labels(labels, corrupt, len(train.classes), seed, order)
+    train.samples = list(zip(paths, labels.tolist(), strict=True))
+    return Data(
+        len(train.classes),
+        FolderBatches(train, batch_size, device, workers, seed=seed, shuffle=True),
+        FolderBatches(test, batch_size, device, workers),
+    )
+>>>>>>> theirs
 
 
 def _transform(*geometry):
@@ -36,26 +78,56 @@ TRAIN = _transform(v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizonta
 EVAL = _transform(v2.Resize(256, antialias=True), v2.CenterCrop(224))
 
 
+def read_image(path):
+    """An image file in 8-bit RGB; ValueError for one of a depth whose range is unknown: Pillow would clip it at 255."""
+    with Image.open(path) as image:
+        if image.format == "PNG" and image.mode in ("I", "I;16"):  # grey; of 16-bit colour Pillow takes the upper half
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode[0] in "IF":
+            raise ValueError(f"{image.mode} pixels of 16 or 32 bits; convert it to 8 bits per channel")
+        return image.convert("RGB")
+
+
 class Folder(tv_datasets.ImageFolder):
-    """ImageFolder indexed by (i, draw): the augmentation of image i is a function of `draw`, in whichever worker."""
+    """ImageFolder indexed by (i, draw): the augmentation of image i is a function of `draw`, in whichever worker.
+
+    Hidden files and folders (._name.JPEG, .ipynb_checkpoints) are neither images nor classes.
+    """
 
     def __init__(self, root, split, transform):
+        directory = str(Path(root) / split)
+
+        def is_image(path):
+            return is_image_file(path) and f"{os.sep}." not in path[len(directory):]
+
         try:
-            super().__init__(Path(root) / split, transform)
-        except (OSError, FileNotFoundError) as error:
+            super().__init__(directory, transform, loader=read_image, is_valid_file=is_image)
+        except OSError as error:
             raise UserError(
                 f"--data {root}: ImageNet needs class folders with images under {split}/ ({error})"
             ) from error
 
+<<<<<<< ours
     def named(self):
         """Path below the root and label of each image."""
         return [(str(Path(path).relative_to(self.root)), label) for path, label in self.samples]
+=======
+    def find_classes(self, directory):
+        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
+        if not names:
+            raise FileNotFoundError("there are none")
+        return names, {name: label for label, name in enumerate(names)}
+>>>>>>> theirs
 
     def __getitem__(self, key):
         index, draw = key
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(draw)  # the CPU's only: a CUDA generator may be drawing dropout
-            return super().__getitem__(index)
+            try:
+                return super().__getitem__(index)
+            except Exception as error:  # truncated, foreign, not there: Pillow has many types for it
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"{self.samples[index][0]} cannot be read as an image: {reason}") from error
 
 
 class Order(torch.utils.data.Sampler):

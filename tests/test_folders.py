@@ -1,0 +1,144 @@
+"""Image folders: which files and samples are taken, what is refused, and how a run ends if an image or worker fails."""
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import datasets
+from dldr.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def draw(path, pixels=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(len(str(path)))
+    Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8) if pixels is None else pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A function that makes train/ and val/ with so many classes of so many images, and returns their directory."""
+
+    def make(classes=2, train=4, val=2):
+        for split, count in (("train", train), ("val", val)):
+            first = draw(tmp_path / "images" / split / "c0" / "0.JPEG")
+            for label in range(classes):
+                (first.parent.parent / f"c{label}").mkdir(exist_ok=True)
+                for i in range(count):
+                    if label or i:
+                        shutil.copy(first, first.parent.parent / f"c{label}" / f"{i}.JPEG")
+        return tmp_path / "images"
+
+    return make
+
+
+def load(root, seed=1, **options):
+    return datasets.load("ImageNet", root, batch_size=4, device="cpu", seed=seed, workers=0, **options)
+
+
+def samples(data):
+    """(path, label) of the training samples."""
+    return data.train.loader.dataset.samples
+
+
+# ------------------------------------------------------------------------------------------- which samples are taken
+
+
+def test_a_part_is_a_fixed_draw_over_all_classes(folder):
+    root = folder(classes=10, train=20, val=1)
+    part = samples(load(root, part=0.3))
+    assert len(part) == 60 and {label for _, label in part} == set(range(10))
+    assert part == samples(load(root, 2, part=0.3))  # stages may have different seeds
+    assert set(samples(load(root, part=0.1))) < set(part) < set(samples(load(root)))
+
+
+def test_noise_is_spread_over_all_classes_by_the_seed(folder):
+    root = folder(classes=10, train=40, val=1)
+    clean, noisy, other = (samples(load(root, seed, corrupt=share)) for seed, share in ((1, 0), (1, 0.5), (2, 0.5)))
+    assert noisy == samples(load(root, 1, corrupt=0.5)) and noisy != other
+    assert [path for path, _ in noisy] == [path for path, _ in clean]
+    changed = [before for (_, before), (_, after) in zip(clean, noisy, strict=True) if before != after]
+    assert set(changed) == set(range(10)) and 140 <= len(changed) <= 200  # 200 are redrawn, a tenth of them alike
+
+
+@pytest.mark.parametrize(("name", "part"), [("ImageNet", 0.06), ("digits", 0.002)])
+def test_a_part_without_some_classes_says_so(folder, capsys, name, part):
+    options = {"root": folder(classes=10, train=10, val=1), "batch_size": 4, "device": "cpu", "seed": 1, "workers": 0}
+    labels = [y for _, y in datasets.load(name, part=part, **options).train.epoch(0)]
+    lacking = 10 - len(torch.cat(labels).unique())
+    assert f"warning: --smalldatasets {part} keeps no sample of {lacking} of 10 classes\n" == capsys.readouterr().err
+    datasets.load(name, part=0.9, **options)
+    assert not capsys.readouterr().err
+
+
+def test_hidden_files_and_folders_are_no_images_and_no_classes(folder):
+    root = folder()
+    data = load(root)
+    for split in ("train", "val"):
+        shutil.copytree(root / split / "c0", root / split / ".ipynb_checkpoints")
+        shutil.copytree(root / split / "c0", root / split / "c0" / ".ipynb_checkpoints")
+        (root / split / "c1" / "._0.JPEG").write_bytes(b"Mac OS X")
+    again = load(root)
+    assert again.classes == 2 and samples(again) == samples(data) and again.test.samples == data.test.samples
+    shutil.move(root, root.parent / ".images")  # where the data lie may be hidden
+    assert load(root.parent / ".images").train.samples == 8
+
+
+def test_class_folders_that_differ_are_named(folder):
+    root = folder()
+    shutil.copytree(root / "train" / "c0", root / "train" / "cat")
+    shutil.move(root / "val" / "c1", root / "val" / "dog")
+    with pytest.raises(UserError, match="only in train/: c1, cat; only in val/: dog"):
+        load(root)
+
+
+# ----------------------------------------------------------------------------------------------- which are refused
+
+
+def first_pixels(root):
+    (x, _), *_ = load(root).test.epoch(0)
+    return x[0]
+
+
+def test_16_bit_png_looks_as_with_8_bits(folder):
+    root = folder(classes=1)
+    grey = np.random.default_rng(0).integers(0, 256, (256, 256), dtype=np.uint8)
+    images = []
+    for pixels in (grey, grey.astype(np.uint16) * 257):
+        shutil.rmtree(root / "val" / "c0")
+        draw(root / "val" / "c0" / "0.png", pixels)
+        images.append(first_pixels(root))
+    assert torch.equal(*images)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_other_depths_are_refused_by_name(folder, dtype):
+    root = folder(classes=1)
+    path = draw(root / "val" / "c0" / "0.tif", np.full((40, 48), 200, dtype))
+    (path.parent / "0.JPEG").unlink()
+    with pytest.raises(UserError, match=f"{path}.*8 bits"):
+        first_pixels(root)
+
+
+def test_npz_of_images_scaled_to_one_is_refused(tmp_path):
+    arrays = {"x_train": np.full((20, 32, 32, 3), 9, np.uint8), "x_test": np.ones((10, 32, 32, 3), np.uint8)}
+    np.savez(tmp_path / "cifar10.npz", **arrays, y_train=np.zeros(20, int), y_test=np.zeros(10, int))
+    with pytest.raises(UserError, match="x_test.*0 to 255.*largest is 1"):
+        datasets.load("CIFAR10", tmp_path, batch_size=8, device="cpu", seed=1)
+
+
+def test_real_photographs(tmp_path):
+    archive = ROOT.parent / "shared" / "data" / "imagenette_mini.tar"
+    if not archive.is_file():
+        pytest.skip("no imagenette_mini.tar")
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path, filter="data")
+    data = load(tmp_path / "imagenette_mini", part=0.02)
+    (x, y), *_ = data.train.epoch(0)
+    assert data.classes == 10 and data.train.samples == 16 and x.shape == (4, 3, 224, 224) and x.std() > 0.5
