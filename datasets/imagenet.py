@@ -13,20 +13,17 @@ from PIL import Image
 from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import v2
 
-<<<<<<< ours
-from datasets import IMAGENET_MEAN, IMAGENET_STD, Data, batch_sizes, describe, kept_samples, noisy_labels, shares
-=======
 from datasets import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Data,
     batch_sizes,
+    describe,
     kept_samples,
     noisy_labels,
     shares,
     warn_of_missing,
 )
->>>>>>> theirs
 from dldr.errors import UserError
 
 
@@ -38,22 +35,12 @@ def load(root, *, batch_size, device, seed, corrupt=0.0, part=None, workers=4):
     redraws the first int(corrupt n) of a permutation of the n kept ones by `seed`.
     """
     train, test = Folder(root, "train", TRAIN), Folder(root, "val", EVAL)
-<<<<<<< ours
-    if train.class_to_idx != test.class_to_idx:
-        raise UserError(f"--data {root}: train/ and val/ must have the same class folders")
-    content = [f"{path}\t{label}\n".encode() for folder in (train, test) for path, label in folder.named()]
-    train.samples = train.samples[: kept_samples(len(train.samples), part)]
-    labels = noisy_labels([label for _, label in train.samples], corrupt, len(train.classes), seed)
-    train.samples = [(path, int(label)) for (path, _), label in zip(train.samples, labels, strict=True)]
-    batches = (FolderBatches(train, batch_size, device, workers, seed=seed, shuffle=True),
-               FolderBatches(test, batch_size, device, workers))
-    return Data(len(train.classes), *batches, describe(len(train.classes), *batches, content, labels))
-=======
     only = {"train": set(train.classes) - set(test.classes), "val": set(test.classes) - set(train.classes)}
     if any(only.values()):
         differences = "; ".join(f"only in {split}/: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
                                 for split, names in only.items() if names)
         raise UserError(f"--data {root}: train/ and val/ must have the same class folders; {differences}")
+    content = [f"{path}\t{label}\n".encode() for folder in (train, test) for path, label in folder.named()]
     n = len(train.samples)
     kept = np.sort(np.random.default_rng(0).permutation(n)[: kept_samples(n, part)])
     paths, labels = zip(*[train.samples[i] for i in kept], strict=True)
@@ -61,12 +48,9 @@ def load(root, *, batch_size, device, seed, corrupt=0.0, part=None, workers=4):
     order = np.random.default_rng(seed).permutation(len(kept))
     labels = noisy_labels(labels, corrupt, len(train.classes), seed, order)
     train.samples = list(zip(paths, labels.tolist(), strict=True))
-    return Data(
-        len(train.classes),
-        FolderBatches(train, batch_size, device, workers, seed=seed, shuffle=True),
-        FolderBatches(test, batch_size, device, workers),
-    )
->>>>>>> theirs
+    batches = (FolderBatches(train, batch_size, device, workers, seed=seed, shuffle=True),
+               FolderBatches(test, batch_size, device, workers))
+    return Data(len(train.classes), *batches, describe(len(train.classes), *batches, content, labels))
 
 
 def _transform(*geometry):
@@ -107,17 +91,15 @@ class Folder(tv_datasets.ImageFolder):
                 f"--data {root}: ImageNet needs class folders with images under {split}/ ({error})"
             ) from error
 
-<<<<<<< ours
     def named(self):
         """Path below the root and label of each image."""
         return [(str(Path(path).relative_to(self.root)), label) for path, label in self.samples]
-=======
+
     def find_classes(self, directory):
         names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
         if not names:
             raise FileNotFoundError("there are none")
         return names, {name: label for label, name in enumerate(names)}
->>>>>>> theirs
 
     def __getitem__(self, key):
         index, draw = key
