@@ -2,8 +2,17 @@
 
 Training: RandomResizedCrop(224) and flip; evaluation: Resize(256), CenterCrop(224); both normalised.
 """
+import atexit
+import contextlib
+import ctypes
+import errno
+import multiprocessing.connection
+import multiprocessing.queues
 import os
+import resource
+import shutil
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +88,10 @@ class Folder(tv_datasets.ImageFolder):
     """
 
     def __init__(self, root, split, transform):
-        directory = str(Path(root) / split)
+        directory = Path(root) / split
 
         def is_image(path):
-            return is_image_file(path) and f"{os.sep}." not in path[len(directory):]
+            return is_image_file(path) and f"{os.sep}." not in path[len(str(directory)):]
 
         try:
             super().__init__(directory, transform, loader=read_image, is_valid_file=is_image)
@@ -111,6 +120,18 @@ class Folder(tv_datasets.ImageFolder):
                 reason = getattr(error, "strerror", None) or error
                 raise UserError(f"{self.samples[index][0]} cannot be read as an image: {reason}") from error
 
+    def __getitems__(self, keys):
+        """A mini-batch; or the error, which would come from a worker with its traceback in place of its message."""
+        try:
+            x, y = torch.utils.data.default_collate([self[key] for key in keys])
+            if torch.utils.data.get_worker_info():
+                y.share_memory_()  # as x is: here, where a failure can be told
+            return x, y
+        except UserError as error:
+            return error
+        except RuntimeError as error:  # no shared memory
+            return RuntimeError(str(error))
+
 
 class Order(torch.utils.data.Sampler):
     """Mini-batches of pairs (index, draw), or this rank's part of each.
@@ -133,22 +154,34 @@ class Order(torch.utils.data.Sampler):
             yield list(zip(order[first:last].tolist(), draws[first:last].tolist(), strict=True))
 
 
-def ignore_signals(worker):
-    """Only the main process handles signals."""
+def start_worker(worker):
+    """Only the main process handles signals. Its death is theirs: they hold its sockets, at which other ranks wait.
+
+    A batch that cannot be sent ends the worker; the main process would wait for it for ever.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another system
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(
+        lambda error, batch: os._exit(getattr(error, "errno", None) or 1))
+
+
+def kill(workers, *_):
+    for worker in workers:
+        worker.kill()
 
 
 class FolderBatches:
     """epoch(e) yields x (B, 3, 224, 224) float32 in channels_last memory and y (B,) int64 on the device."""
 
     def __init__(self, folder, batch_size, device, workers, *, seed=0, shuffle=False):
-        self.samples, self.device = len(folder.samples), device
+        self.samples, self.device, self.workers = len(folder.samples), device, []
         self.sizes = batch_sizes(self.samples, batch_size)
         self.order = Order(self.samples, batch_size, seed, shuffle)
         self.loader = torch.utils.data.DataLoader(
             folder, batch_sampler=self.order, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
-            persistent_workers=workers > 0, worker_init_fn=ignore_signals,
+            collate_fn=torch.utils.data.default_convert, persistent_workers=workers > 0, worker_init_fn=start_worker,
             generator=torch.Generator(),  # its own, so that seeding workers does not consume the global generator
         )
 
@@ -157,6 +190,53 @@ class FolderBatches:
 
     def epoch(self, epoch):
         self.order.current = epoch
-        for x, y in self.loader:
+        for x, y in self.batches():
             x = x.to(self.device, non_blocking=True, memory_format=torch.channels_last)
             yield x, y.to(self.device, non_blocking=True)
+
+    def batches(self):
+        """The loader's; UserError that names an image that cannot be read, or the limit at which workers fail."""
+        try:
+            for batch in self.start():
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch
+        except UserError:
+            raise
+        except Exception as error:  # where a worker is gone torch, pickle and sockets each have a type for it
+            if not self.loader.num_workers:
+                raise
+            reason = self.failure(error)
+            kill(self.workers)  # one may have died with a lock that the others wait for
+            atexit.register(kill, [], error)  # keeps it till then: one that has started by half is noisy when it goes
+            raise UserError(f"--workers {self.loader.num_workers}: {reason}; try fewer, or --workers 0") from error
+
+    def start(self):
+        """An iterator over the loader; the first one starts the workers."""
+        others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+        try:
+            return iter(self.loader)
+        finally:
+            if new := [process for process in multiprocessing.active_children() if process not in others]:
+                self.workers = new
+                # at exit multiprocessing sends SIGTERM, which they ignore, and waits for them; this comes before
+                atexit.register(kill, new)
+            if threading.current_thread() is threading.main_thread():
+                # torch's handler raises wherever the main process is when a worker dies, in the middle of a save, say;
+                # without it the next batch does, within 5 s
+                signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+
+    def failure(self, error):
+        """Why the workers have failed, in a few words."""
+        multiprocessing.connection.wait([process.sentinel for process in self.workers], timeout=1)  # one may be dying
+        codes = {process.exitcode for process in self.workers} - {None, 0}
+        reason = str(error).split("\n")[0]
+        if "open files" in reason or "ancdata" in reason or errno.EMFILE in codes:
+            return f"too many open files (ulimit -n is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]})"
+        if "shared memory" in reason or codes & {-signal.SIGBUS, errno.ENOSPC}:
+            size = shutil.disk_usage("/dev/shm").total / 2**20
+            return f"the mini-batches do not fit into shared memory (/dev/shm has {size:,.0f} MB)"
+        if isinstance(error, BlockingIOError) or "new thread" in reason:
+            return f"too many processes (ulimit -u, or the limit of a container; {reason})"
+        killed = [signal.Signals(-code).name for code in codes if code < 0]
+        return f"a data loading process was ended by {killed[0]} (out of memory?)" if killed else reason

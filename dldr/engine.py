@@ -42,14 +42,17 @@ class StopSignals:
             signal.raise_signal(number)
         self.number, self.since = number, self.since or now
 
-    def watch(self, batches):
+    def watch(self, batches, equal=True):
         """The batches, until a signal comes: Stopped before the next one, on several ranks before the same one of all.
 
-        Ranks agree every AGREE batches and at the end, since that costs a collective.
+        Ranks agree every AGREE batches and at the end, since that costs a collective; unless all have an `equal` number
+        of batches at the end only, to which a signal then leads at once.
         """
         for i, batch in enumerate(batches):
-            if distributed.world_size() == 1 or i % AGREE == 0:
+            if distributed.world_size() == 1 or equal and i % AGREE == 0:
                 self.check()
+            elif self.number and not equal:
+                break
             yield batch
         self.check()
 
@@ -223,9 +226,7 @@ def fit(run, loop, data, *, schedule=None, after_iteration=None, progress=None) 
                                              after_iteration=hook, progress=bar)
                 distributed.broadcast_buffers(model)
                 with run.timer("eval"):
-                    batches = data.test.epoch(0)  # ranks may have fewer batches than others: none waits in evaluation
-                    test = evaluate(model, batches if distributed.world_size() > 1 else signals.watch(batches),
-                                    loop.half, top5)
+                    test = evaluate(model, signals.watch(data.test.epoch(0), equal=False), loop.half, top5)
                 if not math.isfinite(test["loss"]):  # where the last step of the epoch was the fatal one
                     raise NonFiniteLoss(f"the test loss is {test['loss']} after the last iteration")
             except Stopped as stop:

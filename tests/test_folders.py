@@ -1,5 +1,9 @@
 """Image folders: which files and samples are taken, what is refused, and how a run ends if an image or worker fails."""
+import errno
+import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -142,3 +146,99 @@ def test_real_photographs(tmp_path):
     data = load(tmp_path / "imagenette_mini", part=0.02)
     (x, y), *_ = data.train.epoch(0)
     assert data.classes == 10 and data.train.samples == 16 and x.shape == (4, 3, 224, 224) and x.std() > 0.5
+
+
+# ------------------------------------------------------------------------------------------------- when something fails
+
+NETWORK = """
+import multiprocessing, os, time
+from torch import nn
+
+class Network(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))
+
+    def forward(self, x):
+        {forward}
+        return super().forward(x)
+"""
+KILL_WORKERS = "[process.kill() for process in multiprocessing.active_children()]"
+SLOW_EVALUATION = "time.sleep(0 if self.training or int(os.environ['RANK']) else 4)"
+
+
+def train(tmp_path, root, *, workers=1, forward="", before="", torchrun=False):
+    """A run of train_sgd.py of two epochs, two batches each; (exit status, its lines on stderr, whether it saved)."""
+    network = tmp_path / "network.py"
+    network.write_text(NETWORK.format(forward=forward or "pass"))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if torchrun else []
+    command = [sys.executable, *launcher, str(ROOT / "train_sgd.py"), "--datasets", "ImageNet", "--data", str(root),
+               "--arch", f"{network}:Network", "--batch-size", "4", "--samples-per-epoch", "1", "--epochs", "2",
+               "--workers", str(workers), "--device", "cpu", "--save-dir", str(tmp_path / "run")]
+    done = subprocess.run(["bash", "-c", f"{before} exec \"$@\"", "bash", *command], capture_output=True, text=True,
+                          timeout=90, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path)
+    return done.returncode, done.stderr.splitlines(), (tmp_path / "run" / "sgd_checkpoint.pt").is_file()
+
+
+def truncate(path):
+    os.truncate(path, 300)
+
+
+def vanish(path):
+    path.unlink()
+    path.symlink_to("nowhere")  # listed, but not there
+
+
+@pytest.mark.parametrize(("harm", "image"), [(truncate, "train/c1/2.JPEG"), (vanish, "val/c0/1.JPEG")])
+def test_an_image_that_cannot_be_read_is_named(folder, tmp_path, harm, image):
+    root = folder()
+    harm(root / image)
+    status, (line,), saved = train(tmp_path, root)
+    assert status == 1 and saved and line.startswith("train_sgd.py: error: ") and str(root / image) in line
+
+
+def test_a_killed_worker_ends_the_run(folder, tmp_path):
+    status, (line,), saved = train(tmp_path, folder(), forward=KILL_WORKERS)
+    assert status == 1 and saved and "SIGKILL" in line and "--workers 0" in line
+
+
+def test_an_error_elsewhere_ends_the_run_and_its_workers(folder, tmp_path):
+    status, lines, saved = train(tmp_path, folder(), forward="raise KeyError('bug')")
+    assert status == 1 and saved and lines[-1] == "KeyError: 'bug'"
+
+
+SMALL_SHM = "mount -t tmpfs -o size=1m none /dev/shm &&"
+
+
+def test_a_small_shared_memory_is_named(folder, tmp_path):
+    if subprocess.run(["unshare", "-Urm", "bash", "-c", f"{SMALL_SHM} true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces for this user")
+    before = f"[ $UNSHARED ] || UNSHARED=1 exec unshare -Urm bash -c '{SMALL_SHM} exec \"$@\"' bash \"$@\";"
+    status, (line,), saved = train(tmp_path, folder(), before=before)
+    assert status == 1 and saved and "/dev/shm" in line and "1 MB" in line and "--workers 0" in line
+
+
+def test_a_low_limit_on_open_files_is_named(folder, tmp_path):
+    """Not all of the workers start, and a checkpoint cannot be written either."""
+    status, lines, _ = train(tmp_path, folder(), before="ulimit -n 32;", workers=4)
+    assert status == 1 and "ulimit -n is 32" in lines[-1] and "--workers 0" in lines[-1]
+
+
+@pytest.mark.parametrize(("function", "number", "words"), [
+    ("os.fork", errno.EAGAIN, "too many processes"),
+    ("multiprocessing.reduction.DupFd", errno.EMFILE, "too many open files")])  # where a worker sends a batch
+def test_a_limit_met_on_the_way_is_named(folder, monkeypatch, function, number, words):
+    def fail(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(function, fail)
+    with pytest.raises(UserError, match=f"--workers 2: {words}.*--workers 0"):
+        next(datasets.load("ImageNet", folder(), batch_size=4, device="cpu", seed=1, workers=2).train.epoch(0))
+
+
+def test_the_other_rank_ends_too(folder, tmp_path):
+    """Also with long to evaluate: torchrun kills after 30 s those that do not end."""
+    root = folder(val=20)
+    truncate(image := root / "val" / "c0" / "10.JPEG")  # the third of the first mini-batch, so rank 1's
+    status, lines, saved = train(tmp_path, root, forward=SLOW_EVALUATION, torchrun=True)
+    errors = [line for line in lines if line.startswith("train_sgd.py: ")]
+    assert status == 1 and saved and len(errors) == 1 and str(image) in errors[0]
