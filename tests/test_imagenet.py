@@ -41,12 +41,6 @@ def test_batches_do_not_depend_on_workers_or_on_what_was_read_before(folder):
     assert torch.equal(x, x3) and torch.equal(y, y3)
 
 
-def test_corrupt_and_part_follow_file_order(folder):
-    data, _, _ = read(folder, 0, workers=0, corrupt=0.5, part=0.67)
-    labels = [label for _, label in data.train.loader.dataset.samples]
-    assert labels == [*np.random.RandomState(4).randint(0, 2, 4), *[0] * 2, *[1] * 2]
-
-
 def test_missing_folders_name_the_flag(tmp_path):
     with pytest.raises(UserError, match="--data .*train"):
         datasets.load("ImageNet", tmp_path, batch_size=5, device="cpu", seed=1)
