@@ -202,7 +202,7 @@ def test_a_killed_worker_ends_the_run(folder, tmp_path):
 
 
 def test_an_error_elsewhere_ends_the_run_and_its_workers(folder, tmp_path):
-    status, lines, saved = train(tmp_path, folder(), forward="if self.training: raise KeyError('bug')")
+    status, lines, saved = train(tmp_path, folder(), forward="if len(x) > 2: raise KeyError('bug')")
     assert status == 1 and saved and lines[-1] == "KeyError: 'bug'"
 
 
