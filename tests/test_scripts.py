@@ -111,7 +111,7 @@ def test_resume_ends_where_an_uninterrupted_run_does(sampled, tmp_path, script, 
     """Bitwise the same network and log: optimiser, B, g, s, residual momentum, order and augmentation resume."""
     def flags(name, epochs):
         save = tmp_path / name if method == "sgd" else sampled
-        output = [] if method == "sgd" else ["--output-dir", str(tmp_path / name)]
+        output = [] if method == "sgd" else ["--output-dir", str(tmp_path / name), "--allow-mismatch", "smalldatasets"]
         return digits_args(save, *output, *more, "--smalldatasets", "0.1", "--epochs", str(epochs))
 
     whole = run(script, *flags("whole", 3))
