@@ -146,8 +146,8 @@ def load_function(spec, flag):
     path = Path(file)
     if not path.is_file():
         raise UserError(f"{flag} {spec}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(module_spec)
+    module_spec = importlib.util.spec_from_file_location(f"_file_{path.stem}", path)  # no module of ours has this name
+    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)  # where dataclasses look
     module_spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         raise UserError(f"{flag} {spec}: {path} has no function {name}")

@@ -116,15 +116,24 @@ def test_registry_lists_what_it_builds():
 
 
 OWN = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
 from torch import nn
+
+
+@dataclass
+class Width:
+    channels: int = 8
 
 
 class Net(nn.Module):
     def __init__(self, columns):
         super().__init__()
         self.frozen = nn.Conv2d(3, 4, 3, stride=4).requires_grad_(False)
-        self.conv, self.norm = nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.conv, self.norm = nn.Conv2d(4, Width().channels, 3, bias=False), nn.BatchNorm2d(8)
         self.head, self.unused = nn.Linear(8, columns), nn.Linear(8, columns)
 
     def forward(self, x):
