@@ -98,8 +98,8 @@ def check_snapshots(paths):
         return
     foreign = [path.name for path in paths if index.get(path.stem) != checksum(path)]
     if foreign:
-        raise UserError(f"--save-dir {directory}: {' '.join(foreign[:10])} not as the run in sgd_args.json saved "
-                        f"{'it' if len(foreign) == 1 else 'them'}: changed, or left by another run")
+        raise UserError(f"--save-dir {directory}: {' '.join(foreign[:10])} not as sgd_snapshots.json of this run lists "
+                        f"{'it' if len(foreign) == 1 else 'them'}: changed, left by another run, or copied without it")
 
 
 def note(text):
@@ -123,7 +123,7 @@ def check_sampling(args, data):
     allowed = set(getattr(args, "allow_mismatch", ()))
     pairs = {name: (then.get(name), now[name], f"--{name}")
              for name in ("datasets", "arch", "smalldatasets", "corrupt")}
-    same = all(pair[0] == pair[1] for pair in pairs.values())
+    same = all(a == b for name, (a, b, _) in pairs.items() if name != "arch")
     if "data" in record:
         facts, here = record["data"], data.facts
         pairs["content"] = facts["content"], here["content"], "--data holds other data"
@@ -141,9 +141,11 @@ def check_sampling(args, data):
 def make_loop(args, model, optimizer, network=None):
     """The training loop as the flags say."""
     device = next(model.parameters()).device
+    # what a network of the user's draws on the host is not known
+    mode = "off" if args.cuda_graphs == "auto" and ".py:" in args.arch else args.cuda_graphs
     return engine.Loop(model, optimizer, half=args.half, accumulate=args.accumulate, network=network,
                        read_every=args.print_freq if device.type == "cuda" else 1,
-                       capture=graphs.capturer(args.cuda_graphs, model, device, args.datasets))
+                       capture=graphs.capturer(mode, model, device, args.datasets))
 
 
 def drops(milestones, warm_up=False):
@@ -269,7 +271,6 @@ seed = number(int, 0, 2**32 - 1, "a whole number from 0 to 2**32 - 1")  # what t
 nonnegative = number(float, 0, math.inf, "a number of at least 0")
 waiting = number(float, 1, 10**6, "a number from 1 to 1,000,000")
 positive = number(float, 1e-6, math.inf, "a number above 0")
-folder = os.path.expanduser  # as in --save-dir=~/runs, which a shell leaves alone
 fraction = number(float, 0, 1, "in [0, 1]")
 
 
@@ -285,6 +286,11 @@ def mismatches(value):
 def changeable_flags():
     """Names of the flags that may differ between runs of one experiment."""
     return base_parser("", epochs=0, batch_size=0, lr=0, lr_help="")[0].parse_args([]).changeable
+
+
+def folder(value):
+    """An argparse type: a path without a final slash, with ~ expanded (a shell leaves that in --save-dir=~/x)."""
+    return os.path.normpath(os.path.expanduser(value))
 
 
 def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in all",
@@ -308,7 +314,7 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
     train = training.add_argument
     changeable(train("--epochs", type=natural, default=epochs, metavar="N", help=epochs_help))
     train("--start-epoch", type=natural, default=0, metavar="N",
-          help="index of the first epoch, for schedule, order and names of snapshots (set by --resume)")
+          help="index of the first epoch, for schedule, order and names of snapshots; --resume knows its own")
     train("-b", "--batch-size", type=count, default=batch_size, metavar="N", help=batch_help)
     train("--lr", "--learning-rate", type=nonnegative, default=lr, metavar="LR", help=lr_help)
     train("--accumulate", type=count, default=1, metavar="A",
@@ -351,7 +357,7 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
     changeable(output("--save-every", type=count, default=10, metavar="N",
                       help="write a checkpoint for --resume every N epochs, and after the last"))
     changeable(output("-p", "--print-freq", type=count, default=50, metavar="N",
-                      help="iterations between updates of the progress bar (on a terminal only)"))
+                      help="iterations between updates of the progress bar and, on a GPU, between reading losses"))
 
     machine = parser.add_argument_group("machine").add_argument
     changeable(machine("--device", default="auto", metavar="auto|cpu|cuda|cuda:N",

@@ -269,6 +269,9 @@ class Run:
         done = (summary is not None and summary.get("epochs") == args["epochs"]
                 and summary["args"].get("data") == args["data"]  # else the data are compared first, on resuming
                 and newest <= self.path("summary.json").stat().st_mtime)  # else it is of other snapshots
+        if done and args["resume"] not in ("", "auto"):
+            raise UserError(f"{self.directory} holds a finished {self.method} run with these flags: --resume "
+                            f"{args['resume']} would replace it; choose another {self.flag}, or remove its files")
         if not args["resume"]:
             raise UserError(f"{self.directory} holds {'a finished' if done else 'an unfinished'} {self.method} run "
                             f"with these flags; {'keep' if done else 'resume'} it with --resume auto, or start over "
@@ -280,7 +283,8 @@ class Run:
 
     def results(self):
         """Files that make a directory that of a run of this method."""
-        first = self.directory / f"{self.args.get('start_epoch', 0) + 1}.pt"
+        samples = self.args.get("samples_per_epoch") or 1
+        first = self.directory / f"{self.args.get('start_epoch', 0) * samples + 1}.pt"
         return [*(self.path(name) for name in ("log.jsonl", "checkpoint.pt", "final.pt", "summary.json")),
                 *([first] if self.method == "sgd" else [])]
 
@@ -313,7 +317,7 @@ class Run:
             print(f"warning: the file system of {self.directory} has no locks: nothing keeps another process out of it",
                   file=sys.stderr, flush=True)
         stale = list(self.directory.glob(f".{self.method}_*.tmp"))  # of a run that was killed while writing
-        snapshots = [path for pattern in ("[0-9]*.pt", ".[0-9]*.pt.tmp") for path in self.directory.glob(pattern)]
+        snapshots = [path for path in self.directory.iterdir() if re.fullmatch(r"\d+\.pt|\.\d+\.pt\.tmp", path.name)]
         if self.args["overwrite"]:
             stale += [*self.results(), self.path("args.json"), self.path("snapshots.json")]
         if self.method == "sgd":
@@ -361,6 +365,9 @@ class Run:
             first = self.restore(path, model, optimizer)
             if path != self.path("checkpoint.pt"):  # --resume auto means this one from now on
                 self.save("checkpoint.pt", self.state(first, model, optimizer))
+        if self.method == "sgd" and (known := load_json(self.path("snapshots.json"))):
+            last = first * self.args["samples_per_epoch"]  # later ones are written again, maybe with other bits
+            save_json(self.path("snapshots.json"), {i: value for i, value in known.items() if int(i) <= last})
         save_json(self.path("args.json"), {"command": command_line(), "args": self.args, "data": self.facts["data"]})
         for name in ("summary.json", "final.pt") if distributed.rank() == 0 else ():
             self.path(name).unlink(missing_ok=True)  # they would not go with the new log
@@ -394,7 +401,7 @@ class Run:
         if changed := differences(state["facts"].get("data", {}), self.facts["data"]):  # --data may have moved
             raise UserError(f"--resume {path} is of other data than --data {self.args['data']}: {changed}")
         shares = [facts["explained_variance"] for facts in (state["facts"], self.facts)]
-        if shares[0] and not np.allclose(*(share["per_component"] for share in shares), rtol=1e-6):
+        if shares[0] and not np.allclose(*(share["per_component"] for share in shares), rtol=1e-4):
             raise UserError(f"--resume {path} was made with different snapshots than those in --save-dir")
         load_model(model, state["model"], path)
         try:

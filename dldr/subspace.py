@@ -207,19 +207,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 class ProjectedSGD(ProjectedOptimizer):
     """P-SGD: momentum SGD on theta (k,), where w = w_start + P^T theta and so dw/dtheta gives P grad.
 
-    w_start is where the model is at the first step. If the model is changed between two steps (load_state_dict),
-    w_start is moved to where w = w_start + P^T theta holds again.
+    A step moves w from where it is, as torch's optimisers do: weights that are loaded in between are kept.
     """
 
     def __init__(self, model: nn.Module, P, lr: float = 1.0, momentum: float = 0.9):
         """P (k, D) with orthonormal rows, D trainable parameters, or an object with project and lift (`Basis`)."""
         super().__init__(model, P, lr=lr, momentum=momentum)
-        self.state.update(start=self.w.clone(), theta=self.w.new_zeros(self.k), velocity=self.w.new_zeros(self.k))
-        self.version = self.parameter_version()
-
-    def parameter_version(self) -> int:
-        """Grows with every change of the parameters by others than `step`."""
-        return sum(p._version for p in self.options["params"])
+        self.state.update(theta=self.w.new_zeros(self.k), velocity=self.w.new_zeros(self.k))
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Tensor | None:
@@ -229,15 +223,10 @@ class ProjectedSGD(ProjectedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         g = self.basis.project(self.gradient())
-        start, theta, velocity = (self.state[name] for name in ("start", "theta", "velocity"))
-        if self.version != self.parameter_version():
-            moved = self.basis.lift(theta)
-            if not torch.equal(self.w, start + moved):
-                torch.sub(self.w, moved, out=start)
+        velocity, lr = self.state["velocity"], self.options["lr"]
         velocity.mul_(self.options["momentum"]).add_(g)
-        theta.add_(velocity, alpha=-self.options["lr"])
-        torch.add(start, self.basis.lift(theta), out=self.w)
-        self.version = self.parameter_version()
+        self.theta.add_(velocity, alpha=-lr)
+        self.w.add_(self.basis.lift(velocity), alpha=-lr)
         return loss
 
     def statistics(self) -> dict:

@@ -32,7 +32,8 @@ there, which is faster, but off by 4e-5 in the loss of 1,024 images (NCHW: 3e-8)
 NETWORKS = """# Networks
 
 `--arch` for small images is one of the names below; on ImageNet it is any classification model of torchvision; and
-`FILE.py:FUNCTION` is a function of your own, which is called with the number of classes.
+`FILE.py:FUNCTION` is a function of your own, which is called with the number of classes. Its steps are not captured as
+CUDA graphs unless `--cuda-graphs on` says so, since a graph would repeat what the network draws on the host.
 
 Beside the CIFAR ResNets these are the official release's CIFAR-100 networks, all with a stem for 32 x 32 images. They
 compute the release's function, checked in float64 to 1e-9 for the 47 names that it has, with its initial values for the

@@ -103,6 +103,7 @@ def get_model(arch, num_classes, dataset="CIFAR10", pretrained=None):
         model = constructor(arch)(num_classes=num_classes)
         if ".py:" in arch:
             check_output(model, arch, num_classes, 224 if dataset == "ImageNet" else 32)
+            model.unused_parameters = True  # not known, so DistributedDataParallel looks for them
         return model
 
     import torchvision.models as tv_models

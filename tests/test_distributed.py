@@ -59,7 +59,7 @@ def test_1_2_and_4_processes_train_the_same_network(arch, lr, tmp_path):
         assert "epoch    3/3" in ranks.out(0) and not ranks.out(1)
         for name, (method, _) in ALGORITHMS.items():
             one, several = (final(tmp_path / f"{name}_{m}", method) for m in (1, n))
-            assert float((one - several).abs().max()) <= 1e-5, (name, n)
+            assert float((one - several).abs().max()) <= (1e-4 if name == "adam" else 1e-5), (name, n)
             logs = [[json.loads(line) for line in (tmp_path / f"{name}_{m}" / f"{method}_log.jsonl").open()]
                     for m in (1, n)]
             for ours, theirs in zip(*logs, strict=True):

@@ -219,8 +219,12 @@ def test_state_is_a_copy_and_continues_bitwise(method, model_first):
         METHODS[method](mlp(w0, torch.float32)[0], P[:3].contiguous()).load_state_dict(saved)
 
 
-def test_psgd_starts_where_the_model_is_at_the_first_step():
-    """Weights loaded after the optimiser was made, or in the middle of a run: w = w_start + P^T theta from there."""
+@pytest.mark.parametrize("change", [
+    lambda model, w: model.load_state_dict({n: v + 0.01 for n, v in model.state_dict().items()}),
+    lambda model, w: w.add_(0.01), lambda model, w: [p.data.add_(0.01) for p in model.parameters()],
+], ids=["loaded", "w", "data"])
+def test_psgd_keeps_what_others_do_to_the_model(change):
+    """Weights loaded after the optimiser was made, or in the middle of a run: steps go on from there."""
     w0, P, data = oracle.problem(8)
     P, batches = torch.from_numpy(P), tensors(data)
     model, w = mlp(w0 + 1)
@@ -229,10 +233,10 @@ def test_psgd_starts_where_the_model_is_at_the_first_step():
     for batch in batches:
         step(optimizer, model, *batch)
     assert torch.allclose(w, on_theta(mlp(w0)[0], P, batches), rtol=0, atol=1e-10)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.01)
+    before = w.clone()
+    change(model, w)
     moved = w.clone()
+    assert (moved - before).norm() > 0.01
     theta = optimizer.theta.clone()
     step(optimizer, model, *batches[0])
     assert torch.allclose(w, moved + P.T @ (optimizer.theta - theta), rtol=0, atol=1e-12)

@@ -101,11 +101,11 @@ def test_snapshots_of_another_run_in_the_window_are_refused(sampled, tmp_path):
     sample(tmp_path / "other", "--randomseed", "2")
     shutil.copy(tmp_path / "other" / "3.pt", tmp_path / "run")
     for script in (train_psgd, train_pbfgs):
-        with pytest.raises(UserError, match=r"3\.pt not as the run in sgd_args.json saved it"):
+        with pytest.raises(UserError, match=r"3\.pt not as sgd_snapshots.json of this run lists it"):
             in_subspace(script, tmp_path / "run", tmp_path / "p")
     flags = ["--datasets", "digits", "--arch", "resnet8", "--smalldatasets", "0.3", "--params_end", "3",
              "--n_components", "2", "--save-dir", str(tmp_path / "run"), "--device", "cpu"]
-    with pytest.raises(UserError, match=r"3\.pt not as the run"):
+    with pytest.raises(UserError, match=r"3\.pt not as sgd_snapshots"):
         trajectory.main(trajectory.parse_args(flags))
 
 
@@ -201,3 +201,38 @@ def test_trajectory_of_one_component_and_into_new_folders(sampled, tmp_path, com
     result = trajectory.main(trajectory.parse_args(flags))
     assert (tmp_path / "new" / "t.json").is_file() and (tmp_path / "fig" / "t.png").is_file()
     assert all(len(point) == 2 for lines in result["paths"].values() for line in lines for point in line)
+
+
+def test_snapshots_left_behind_by_a_killed_run_are_not_of_the_resumed_one(tmp_path):
+    """After epoch 2's checkpoint; 3.pt of the run before is refused until it is written again."""
+    sample(tmp_path, epochs=2)
+    shutil.copy(tmp_path / "1.pt", tmp_path / "3.pt")
+    index = tmp_path / "sgd_snapshots.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "3": checkpoint.checksum(tmp_path / "3.pt")}))
+    args = train_sgd.parse_args(digits_args(tmp_path, "--epochs", "2", "--lr", "0.05", "--resume", "auto", "--data",
+                                            str(tmp_path)))
+    train_sgd.main(args)  # nothing to train, but the run is taken up again
+    with pytest.raises(UserError, match=r"3\.pt not as"):
+        in_subspace(train_psgd, tmp_path, tmp_path / "p")
+
+
+def test_overwrite_removes_what_the_script_writes_and_no_more(tmp_path):
+    (tmp_path / "2024_best.pt").write_bytes(b"of somebody")
+    sample(tmp_path, epochs=2)
+    sample(tmp_path, "--overwrite", epochs=1)
+    assert (tmp_path / "2024_best.pt").read_bytes() == b"of somebody" and not (tmp_path / "2.pt").exists()
+
+
+def test_a_finished_run_is_not_replaced_by_a_checkpoint_from_elsewhere(tmp_path):
+    sample(tmp_path / "a", epochs=1)
+    sample(tmp_path / "b", epochs=1)
+    with pytest.raises(UserError, match="finished sgd run .*would replace it"):
+        sample(tmp_path / "a", "--resume", str(tmp_path / "b" / "sgd_checkpoint.pt"), epochs=1)
+    assert (tmp_path / "a" / "sgd_summary.json").is_file()
+
+
+def test_a_final_slash_is_the_same_folder_and_another_name_of_the_network_no_excuse_for_other_labels(noisy, tmp_path):
+    assert train_psgd.parse_args(["--save-dir", "a/"]).save_dir == train_psgd.parse_args(["--save-dir", "a"]).save_dir
+    with pytest.raises(UserError, match="labels"):
+        in_subspace(train_psgd, noisy, tmp_path, "--corrupt", "0.4", "--randomseed", "2", "--allow-mismatch", "arch",
+                    "--arch", "resnet20")
