@@ -78,7 +78,7 @@ def prepare(side, stage, args, directory, device):
         script = [sys.executable, train_sgd.__file__, "--datasets=digits", "--smalldatasets=0.05", "--epochs=1",
                   f"--arch={args.arch}", f"--device={args.device}", f"--save-dir={directory}/run", "--overwrite"]
         return lambda: {"status": subprocess.run(script, stdout=subprocess.DEVNULL, check=True).returncode}
-    window = torch.load(directory / "window.pt").to(device) if stage != "trajectory" else None
+    window = torch.load(directory / "window.pt", weights_only=True).to(device) if stage != "trajectory" else None
     if stage in SOLVERS:
         return lambda: {"P": pca_basis(window, k)[0] if ours else baseline.basis(window, k, SOLVERS[stage])}
     torch.manual_seed(1)  # the same initial network everywhere
@@ -184,7 +184,7 @@ def measure(args, directory):
         runs = [{side: ask(side, stage) for side in sides} for _ in range(args.runs + 1)]
         stages[stage] = {side: [run[side] for run in runs[1:]] for side in sides}  # without the warm-up
         print(f"{stage}: done", file=sys.stderr, flush=True)
-    X = torch.load(directory / "window.pt").double()
+    X = torch.load(directory / "window.pt", weights_only=True).double()
     exact, angles = torch.linalg.svd(X - X.mean(0), full_matrices=False)[2][:args.n_components], {}
     for path in sorted(directory.glob("basis*-*.pt")):
         Q = torch.linalg.qr(torch.load(path).double().T)[0]

