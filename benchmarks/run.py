@@ -187,7 +187,7 @@ def measure(args, directory):
     X = torch.load(directory / "window.pt", weights_only=True).double()
     exact, angles = torch.linalg.svd(X - X.mean(0), full_matrices=False)[2][:args.n_components], {}
     for path in sorted(directory.glob("basis*-*.pt")):
-        Q = torch.linalg.qr(torch.load(path).double().T)[0]
+        Q = torch.linalg.qr(torch.load(path, weights_only=True).double().T)[0]
         angles[path.stem] = float(torch.linalg.matrix_norm(Q - exact.T @ (exact @ Q), 2).clamp(max=1).asin())
     return stages, angles
 

@@ -19,10 +19,10 @@ ASSUMED = {"gpu_bytes": 80e9, "hbm": 3.35e12, "float64": 67e12, "nvlink": 450e9,
 def gpu_bytes(D, k, N, method="psgd", sharded=True):
     """Bytes on each of N GPUs in a step, activations left out: P and vectors of D numbers at the step's peak.
 
-    P-SGD: w, the gradients, the same as a vector (sharded, also padded, unless N divides D), w_start. P-BFGS: those, w
-    before the step instead of w_start, the direction. P+-BFGS: its momentum, a second lifted vector, the residual, too.
+    P-SGD: w, the gradients, the same as a vector (sharded, also padded, unless N divides D). P-BFGS: the first three, w
+    before the step, the direction. P+-BFGS: its momentum, a second lifted vector, the residual, too.
     """
-    vectors = {"psgd": 4 + sharded, "pbfgs": 5, "pbfgs+": 8}[method]
+    vectors = {"psgd": 3 + sharded, "pbfgs": 5, "pbfgs+": 8}[method]
     return 4 * (vectors * D + (k + 1) * math.ceil(D / N) if sharded else vectors * D + k * D)
 
 
@@ -56,7 +56,7 @@ def plan(D, N, host, b=4, n=81, k=40, memory=2**31, a=ASSUMED):
                                                    + blocks * n / host["open"]),
         "basis, arithmetic, s": (2 * n * n + 2 * n * k) * D / N / a["float64"] + 2 * n * part * 24 / a["hbm"],
         "host memory per process, one file read or mapped, GB": (b * D + (4 * n * part if loaded else 0)) / 1e9,
-        "per GPU: P-SGD or P-BFGS, GB": gpu_bytes(D, k, N) / 1e9,
+        "per GPU: P-BFGS (P-SGD: 4 D less), GB": gpu_bytes(D, k, N, "pbfgs") / 1e9,
         "per GPU: P+-BFGS, GB": gpu_bytes(D, k, N, "pbfgs+") / 1e9,
         "per GPU with P whole, P-SGD, GB": gpu_bytes(D, k, N, sharded=False) / 1e9,
         "per GPU if w were sharded too (it is not), GB": (20 * D + 4 * k * D) / N / 1e9,

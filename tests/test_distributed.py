@@ -41,7 +41,7 @@ ALGORITHMS = {  # name: (method, flags)
 def test_1_2_and_4_processes_train_the_same_network(arch, lr, tmp_path):
     """14 steps of each algorithm, 7 an epoch, with a last mini-batch of 47 that 2 and 4 do not divide.
 
-    Rounding grows faster in Adam, whose step is as long where a gradient is rounding, and in P+-BFGS.
+    Rounding grows faster in P+-BFGS, and in Adam, whose steps of 1e-3 are as long where a gradient is only rounding.
     """
     shots, arch = tmp_path / "shots", f"{NETWORKS}:{arch}"
     run("sgd", digits_args(shots, "--epochs", "5", "--lr", str(lr), "--arch", arch))
@@ -62,7 +62,8 @@ def test_1_2_and_4_processes_train_the_same_network(arch, lr, tmp_path):
         assert "epoch    2/2" in ranks.out(0) and not ranks.out(1)
         for name, (method, _) in ALGORITHMS.items():
             one, several = (final(tmp_path / f"{name}_{m}", method) for m in (1, n))
-            assert float((one - several).abs().max()) <= (1e-4 if name[:10] in ("adam", "pbfgs_plus") else 1e-5), (name, n)
+            bound = 1e-3 if name == "adam" else 1e-4 if "plus" in name else 1e-5
+            assert float((one - several).abs().max()) <= bound, (name, n)
             logs = [[json.loads(line) for line in (tmp_path / f"{name}_{m}" / f"{method}_log.jsonl").open()]
                     for m in (1, n)]
             for ours, theirs in zip(*logs, strict=True):

@@ -23,14 +23,14 @@ METHODS = {"sgd": ["--epochs", "3"], "psgd": [*WINDOW, "--epochs", "3"],
            "pbfgs": [*WINDOW, "--epochs", "3", "--alpha", "0.01"]}
 KILLS = {"sgd": 8, "psgd": 6, "pbfgs": 6}  # at random moments
 # at the n-th write to the disk; a file's is odd, its directory's even; the last file of a run is its summary
-KILLED_WRITES = {"sgd": (1, 3, 6, 9, 11, 13, 15, 17, 19, 21), "psgd": (3, 5, 7, 9, 13), "pbfgs": (3, 5, 9, 11, 13)}
+KILLED_WRITES = {"sgd": (1, 3, 6, 9, 11, 13, 15, 19, 27, 31), "psgd": (3, 5, 7, 9, 13), "pbfgs": (3, 5, 9, 11, 13)}
 
 
 def argv(method, sampled, output, *more):
     """A run of a quarter of a second: three batches an epoch, a checkpoint after every second one."""
     flags = digits_args(output if method == "sgd" else sampled, *METHODS[method], "--save-every", "2", *more)
     flags[flags.index("--smalldatasets") + 1] = "0.1"
-    return flags if method == "sgd" else [*flags, "--output-dir", str(output)]
+    return flags if method == "sgd" else [*flags, "--output-dir", str(output), "--allow-mismatch", "smalldatasets"]
 
 
 def result(method, directory):
@@ -109,7 +109,7 @@ def test_killed_inside_a_save_a_run_goes_on_to_the_same_bits(sampled, tmp_path, 
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("n", [7, 11])
+@pytest.mark.parametrize("n", [11, 19])
 def test_a_signal_while_a_slow_disk_writes_waits_for_it(sampled, tmp_path, whole, n):
     """In a snapshot and in a checkpoint: the file is whole, the run stops after it and goes on to the same bits."""
     flags = argv("sgd", sampled, tmp_path)
@@ -138,7 +138,7 @@ def directories(tmp_path_factory):
     """state -> a directory in it, of SGD runs of 3 epochs; to be copied."""
     there = {state: tmp_path_factory.mktemp(state) for state in TABLE}
     finish(run, "sgd", argv("sgd", None, there["finished"]))
-    process = start(crash.run_and_die_in_write, "sgd", argv("sgd", None, there["unfinished"]), 13)  # in 3.pt
+    process = start(crash.run_and_die_in_write, "sgd", argv("sgd", None, there["unfinished"]), 21)  # in 3.pt
     process.join()
     assert process.exitcode == -signal.SIGKILL
     finish(run, "sgd", argv("sgd", None, there["other"], "--lr", "0.01", "--epochs", "5"))
