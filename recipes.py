@@ -102,7 +102,7 @@ TABLES = [  # name, setting, scales, label noise, seeds, runs
 ]
 ABOUT = {
     "demo": "the release's demo: SGD, P-BFGS and P-SGD under 20% label noise (CORRUPT=0: without)",
-    "quick": "the same on scikit-learn's digits, ResNet-8: 2 minutes, no download",
+    "quick": "the same on scikit-learn's digits, ResNet-8: 2 to 6 minutes, no download",
     "cifar10": "SGD, Adam, P-SGD and P-BFGS",
     "cifar100": "the same on CIFAR-100; ResNet-32 (cpu: ResNet-8)",
     "noise": "P-SGD and P-BFGS against label noise",
