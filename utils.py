@@ -29,7 +29,7 @@ def run_stage(method, args, train):
     """
     paths = [] if args.evaluate or "n_components" not in args else snapshot_paths(args.save_dir, window_indices(args))
     run = Run(method, vars(args), args.changeable, paths)
-    if run.finished():
+    if run.finished(lambda: load_data(args, "cpu").facts):
         return load_json(run.path("summary.json"))
     device = set_up(args.device, args.randomseed, deterministic=args.deterministic, conv_tf32=args.conv_tf32 == "on",
                     timeout=args.timeout)
@@ -439,7 +439,7 @@ def pick_device(name):
         return torch.device("cpu")
     if device.index is not None and distributed.launched() > 1:
         raise UserError(f"--device {name}: each process of a distributed run has a GPU of its own; use auto or cuda")
-    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+    index = distributed.local_rank() if device.index is None else device.index
     found = torch.cuda.device_count()
     if index >= found:
         raise UserError(f"--device {name}: no CUDA device found; use --device cpu" if not found else

@@ -49,7 +49,7 @@ def load(root, *, batch_size, device, seed, corrupt=0.0, part=None, workers=4):
         differences = "; ".join(f"only in {split}/: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
                                 for split, names in only.items() if names)
         raise UserError(f"--data {root}: train/ and val/ must have the same class folders; {differences}")
-    content = [f"{path}\t{label}\n".encode() for folder in (train, test) for path, label in folder.named()]
+    content = [os.fsencode(f"{path}\t{label}\n") for folder in (train, test) for path, label in folder.named()]
     n = len(train.samples)
     kept = np.sort(np.random.default_rng(0).permutation(n)[: kept_samples(n, part)])
     paths, labels = zip(*[train.samples[i] for i in kept], strict=True)
@@ -73,6 +73,8 @@ EVAL = _transform(v2.Resize(256, antialias=True), v2.CenterCrop(224))
 
 def read_image(path):
     """An image file in 8-bit RGB; ValueError for one of a depth whose range is unknown: Pillow would clip it at 255."""
+    if not os.path.isfile(path):
+        raise ValueError("there is no such file")  # a pipe would be waited for
     with Image.open(path) as image:
         if image.format == "PNG" and image.mode in ("I", "I;16"):  # grey; of 16-bit colour Pillow takes the upper half
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

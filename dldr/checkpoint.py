@@ -241,8 +241,10 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ starting, resuming
 
-    def finished(self):
+    def finished(self, data_facts):
         """Whether there is nothing to do; else the run may start, or resume. Reads only.
+
+        data_facts() is called, to compare the data, where all else says that the run is finished.
 
         | directory              | no flag                     | --resume auto              | --overwrite |
         |------------------------|-----------------------------|----------------------------|-------------|
@@ -266,9 +268,9 @@ class Run:
                             f"{self.flag}, or start over with --overwrite")
         summary = load_json(self.path("summary.json"))
         newest = max((path.stat().st_mtime for path in self.snapshots), default=0)
-        done = (summary is not None and summary.get("epochs") == args["epochs"]
-                and summary["args"].get("data") == args["data"]  # else the data are compared first, on resuming
-                and newest <= self.path("summary.json").stat().st_mtime)  # else it is of other snapshots
+        done = (summary is not None and summary.get("epochs") == args["epochs"]  # and of these snapshots
+                and newest <= self.path("summary.json").stat().st_mtime
+                and summary.get("window", self.window()) == self.window())
         if done and args["resume"] not in ("", "auto"):
             raise UserError(f"{self.directory} holds a finished {self.method} run with these flags: --resume "
                             f"{args['resume']} would replace it; choose another {self.flag}, or remove its files")
@@ -276,10 +278,23 @@ class Run:
             raise UserError(f"{self.directory} holds {'a finished' if done else 'an unfinished'} {self.method} run "
                             f"with these flags; {'keep' if done else 'resume'} it with --resume auto, or start over "
                             "with --overwrite")
-        if done and args["resume"] == "auto" and distributed.rank() == 0:
+        if not done or args["resume"] != "auto":
+            return False
+        facts = data_facts()
+        self.check_data(self.path("summary.json"), summary.get("data", facts), facts)
+        if distributed.rank() == 0:
             print(f"{self.path('summary.json')}: already finished, nothing to do", flush=True)
             print_summary(summary)
-        return done and args["resume"] == "auto"
+        return True
+
+    def check_data(self, path, then, now):
+        """Raise UserError if the data are not those that the run of the file `path` was trained on."""
+        if changed := differences(then, now):
+            raise UserError(f"{path} is of other data than --data {self.args['data']}: {changed}")
+
+    def window(self):
+        """A checksum of the snapshots."""
+        return f"{zlib.crc32(repr([checksum(path) for path in self.snapshots]).encode()):08x}"
 
     def results(self):
         """Files that make a directory that of a run of this method."""
@@ -347,6 +362,7 @@ class Run:
             "parameters_trained": k or w.numel(),
             "n_components": k,
             "snapshots": snapshots,
+            **({"window": self.window()} if self.snapshots else {}),
             **({"sampling": sampling} if sampling else {}),
             "explained_variance": {"total": sum(explained), "per_component": explained} if explained else None,
         }
@@ -398,8 +414,7 @@ class Run:
             raise UserError(f"--resume {path} is of another experiment: {changed}")
         if state["epoch"] > self.args["epochs"]:
             raise UserError(f"--resume {path} is past --epochs {self.args['epochs']}: it has {state['epoch']}")
-        if changed := differences(state["facts"].get("data", {}), self.facts["data"]):  # --data may have moved
-            raise UserError(f"--resume {path} is of other data than --data {self.args['data']}: {changed}")
+        self.check_data(f"--resume {path}", state["facts"].get("data", {}), self.facts["data"])  # which may have moved
         shares = [facts["explained_variance"] for facts in (state["facts"], self.facts)]
         if shares[0] and not np.allclose(*(share["per_component"] for share in shares), rtol=1e-4):
             raise UserError(f"--resume {path} was made with different snapshots than those in --save-dir")

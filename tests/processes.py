@@ -3,14 +3,14 @@
 They are forked from a server that has imported everything and run nothing: they start in milliseconds, and inherit no
 CUDA context or autograd threads from the test. What they call must be a function of a module.
 """
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import sys
 from unittest import mock
 
-import sklearn.datasets
-import sklearn.model_selection  # noqa: F401  (imported once, by the server)
+import cheap
 import torch
 import torch._dynamo  # which the first optimizer imports
 import torchvision  # noqa: F401
@@ -24,7 +24,8 @@ from dldr import distributed
 SCRIPTS = {"sgd": train_sgd, "psgd": train_psgd, "pbfgs": train_pbfgs}
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["processes", "crash"])
-torch.set_num_threads(1)  # as in conftest.py
+cheap.DIGITS()
+gc.freeze()  # a collection would copy every page that the server has filled, which takes a second
 
 
 def start(target, *args):
@@ -100,6 +101,12 @@ def run_with_one_network(calls):
             assert torch.equal(distributed.broadcast(state.clone()), state), (method, args)
 
         utils.run_stage(method, SCRIPTS[method].parse_args(argv), train)
+
+
+def command_without_torchrun(*args):
+    """`command`, where only the environment is left of it."""
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    command(*args)
 
 
 def command(method, argv):

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import network
 from PIL import Image
 
 import datasets
@@ -58,8 +59,8 @@ def test_resume_is_exact_with_dropout_and_workers(folder, tmp_path):
     def final(name, *epochs):
         for count in epochs:
             train_sgd.main(train_sgd.parse_args([
-                "--datasets", "ImageNet", "--data", str(folder), "--arch", "squeezenet1_1", "--batch-size", "4", "--lr",
-                "0.001", "--workers", "1", "--samples-per-epoch", "1", "--device", "cpu", "--save-dir",
+                "--datasets", "ImageNet", "--data", str(folder), "--arch", network("dropout"), "--batch-size", "4",
+                "--lr", "0.001", "--workers", "1", "--samples-per-epoch", "1", "--device", "cpu", "--save-dir",
                 str(tmp_path / name), "--epochs", str(count), "--resume", "auto"]))
         return torch.load(tmp_path / name / "2.pt", weights_only=True)
 

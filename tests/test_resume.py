@@ -12,7 +12,7 @@ import time
 import crash
 import pytest
 import torch
-from conftest import ROOT, digits_args
+from conftest import ROOT, digits_args, network
 from processes import context, finish, run, start
 
 from dldr.checkpoint import load_file
@@ -202,12 +202,12 @@ def test_a_checkpoint_of_an_earlier_revision_is_refused(directories, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("device, network", [
+@pytest.mark.parametrize("device, name", [
     ("cpu", "stochastic_depth"), pytest.param("cuda", "stochastic_depth", marks=pytest.mark.gpu),
     pytest.param("cuda", "dropout", marks=pytest.mark.gpu)])
-def test_networks_that_draw_in_the_forward_pass_resume_to_the_same_bits(tmp_path, method, device, network):
+def test_networks_that_draw_in_the_forward_pass_resume_to_the_same_bits(tmp_path, method, device, name):
     """Dropout and stochastic depth, in P-BFGS's trials too: what an epoch draws does not depend on what came before."""
-    arch, results = f"{ROOT / 'tests' / 'small_networks.py'}:{network}", []
+    arch, results = network(name), []
     for parts in ([3], [2, 3]):
         directory = tmp_path / str(len(parts))
         for stage, epochs in [("sgd", [6]), (method, parts)][method == "sgd":]:
@@ -266,7 +266,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_names_file_and_bytes_and_keeps_what_was_saved(sampled, small_disk, capsys):
     """A snapshot of resnet8 has 0.3 MB: the fourth does not fit."""
     with pytest.raises(UserError, match=r"/3\.pt cannot be written \(3\d\d,\d{3} bytes\): No space left on device"):
-        run("sgd", argv("sgd", sampled, small_disk, "--save-every", "100"))
+        run("sgd", argv("sgd", sampled, small_disk, "--save-every", "100", "--arch", "resnet8"))
     assert re.search(r"warning: this run writes 3 MB, .* has 1 MB free", capsys.readouterr().err)
     assert sorted(path.name for path in small_disk.glob("*.pt")) == ["0.pt", "1.pt", "2.pt"]
     assert all(load_file(path, "snapshot") for path in small_disk.glob("*.pt"))

@@ -1,5 +1,6 @@
 """The three scripts end to end on real digits, through main(parse_args([...])): files, numbers, resume, evaluation."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ git_revision finished""".split()
 LOG_KEYS = """epoch lr train_loss train_accuracy test_loss test_accuracy best_accuracy best_epoch seconds
 samples_per_second""".split()
 SEARCH_KEYS = ["trials_per_step", "first_trial_accepted", "failed_searches", "skipped_updates"]
+RESNET8 = ["--arch", "resnet8", "--smalldatasets", "0.1"]
 WINDOW = ["--params_end", "6", "--n_components", "4"]
 
 
@@ -32,31 +34,39 @@ def log_of(directory, method):
     return [json.loads(line) for line in (directory / f"{method}_log.jsonl").read_text().splitlines()]
 
 
-def test_sgd_writes_snapshots_log_and_summary(sampled):
-    assert sorted(p.name for p in sampled.glob("[0-9]*.pt")) == [f"{i}.pt" for i in range(6)]
-    summary = json.loads((sampled / "sgd_summary.json").read_text())
+@pytest.fixture(scope="module")
+def resnet8(tmp_path_factory):
+    """As `sampled`, of a published network."""
+    directory = tmp_path_factory.mktemp("resnet8")
+    run(train_sgd, *digits_args(directory, *RESNET8, "--epochs", "5", "--lr", "0.05"))
+    return directory
+
+
+def test_sgd_writes_snapshots_log_and_summary(resnet8):
+    assert sorted(p.name for p in resnet8.glob("[0-9]*.pt")) == [f"{i}.pt" for i in range(6)]
+    summary = json.loads((resnet8 / "sgd_summary.json").read_text())
     assert not set(SUMMARY_KEYS) - set(summary)
     assert summary["parameters"] == summary["parameters_trained"] == 75_290
     assert summary["n_components"] is None and summary["explained_variance"] is None and summary["snapshots"] == 6
     assert set(summary["seconds"]) == {"load", "basis", "train", "eval", "total"}
-    lines = log_of(sampled, "sgd")
+    lines = log_of(resnet8, "sgd")
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5] and set(lines[0]) == set(LOG_KEYS)
     best = max(lines, key=lambda line: line["test_accuracy"])
     assert summary["test_accuracy_best"] == best["test_accuracy"] == lines[-1]["best_accuracy"]
     assert summary["best_epoch"] == best["epoch"] and summary["test_accuracy_last"] == lines[-1]["test_accuracy"]
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
-    final, last = (torch.load(sampled / name, weights_only=True) for name in ("sgd_final.pt", "5.pt"))
+    final, last = (torch.load(resnet8 / name, weights_only=True) for name in ("sgd_final.pt", "5.pt"))
     assert all(torch.equal(final[name], last[name]) for name in last) and set(final) == set(last)
-    assert json.loads((sampled / "sgd_args.json").read_text())["args"]["lr"] == 0.05
+    assert json.loads((resnet8 / "sgd_args.json").read_text())["args"]["lr"] == 0.05
     # nothing else, and no temporary file left behind
-    assert {p.name for p in sampled.iterdir() if not p.stem.isdigit()} == {
+    assert {p.name for p in resnet8.iterdir() if not p.stem.isdigit()} == {
         ".sgd.lock", "sgd_args.json", "sgd_log.jsonl", "sgd_checkpoint.pt", "sgd_final.pt", "sgd_summary.json",
         "sgd_snapshots.json"}
 
 
 @pytest.mark.parametrize("script, method", [(train_psgd, "psgd"), (train_pbfgs, "pbfgs")])
-def test_subspace_scripts(sampled, tmp_path, script, method, capsys):
-    summary = run(script, *digits_args(sampled, "--output-dir", str(tmp_path), *WINDOW, "--epochs", "3"))
+def test_subspace_scripts(resnet8, tmp_path, script, method, capsys):
+    summary = run(script, *digits_args(resnet8, *RESNET8, "--output-dir", str(tmp_path), *WINDOW, "--epochs", "3"))
     out = capsys.readouterr().out
     assert not set(SUMMARY_KEYS) - set(summary) and summary["parameters_trained"] == summary["n_components"] == 4
     assert summary["snapshots"] == 6 and 0.9 < summary["explained_variance"]["total"] <= 1
@@ -78,8 +88,8 @@ def test_subspace_scripts(sampled, tmp_path, script, method, capsys):
         state = torch.load(path, weights_only=True)
         return torch.cat([state[name].double().reshape(-1) for name in names])
 
-    start = vector(sampled / "0.pt")
-    basis = torch.linalg.qr(torch.stack([vector(sampled / f"{i}.pt") - start for i in range(1, 6)]).T)[0]
+    start = vector(resnet8 / "0.pt")
+    basis = torch.linalg.qr(torch.stack([vector(resnet8 / f"{i}.pt") - start for i in range(1, 6)]).T)[0]
     move = vector(tmp_path / f"{method}_final.pt") - start
     assert (move - basis @ (basis.T @ move)).norm() <= 1e-5 * start.norm() < move.norm()
 
@@ -104,11 +114,11 @@ def test_same_seed_same_result_and_another_seed_another(tmp_path):
 
 @pytest.mark.parametrize("script, method, more", [
     (train_sgd, "sgd", []), (train_sgd, "sgd", ["--optimizer", "adam", "--accumulate", "2"]),
-    (train_psgd, "psgd", WINDOW), (train_pbfgs, "pbfgs", WINDOW),
+    (train_psgd, "psgd", [*WINDOW, "--milestones", "2"]), (train_pbfgs, "pbfgs", WINDOW),
     (train_pbfgs, "pbfgs", [*WINDOW, "--alpha", "0.01", "--accumulate", "2"]),
 ])
 def test_resume_ends_where_an_uninterrupted_run_does(sampled, tmp_path, script, method, more):
-    """Bitwise the same network and log: optimiser, B, g, s, residual momentum, order and augmentation resume."""
+    """Bitwise the same network and log: optimiser, B, g, s, residual momentum, lr, order and augmentation resume."""
     def flags(name, epochs):
         save = tmp_path / name if method == "sgd" else sampled
         output = [] if method == "sgd" else ["--output-dir", str(tmp_path / name), "--allow-mismatch", "smalldatasets"]
@@ -157,6 +167,7 @@ def test_resume_refuses_another_window(sampled, tmp_path):
         state = torch.load(other / f"{i}.pt", weights_only=True)
         state["conv1.weight"] = state["conv1.weight"] * (1 + 0.1 * i)
         torch.save(state, other / f"{i}.pt")
+        os.utime(other / f"{i}.pt", (0, 0))  # as copies that keep their time
     for epochs in "12":  # neither finished, nor to be resumed
         with pytest.raises(UserError, match="was made with different snapshots"):
             run(train_psgd, *flags, epochs)

@@ -4,12 +4,10 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, digits_args
+from conftest import digits_args, network
 from torch import nn
 
 import datasets
@@ -45,7 +43,7 @@ def in_subspace(script, shots, output, *more):
     ([], ["corrupt 0.4, here 0.0 (--corrupt)"]),
     (["--corrupt", "0.4", "--smalldatasets", "0.2"], ["smalldatasets 0.3, here 0.2 (--smalldatasets)"]),
     (["--corrupt", "0.2", "--smalldatasets", "0.2"], ["corrupt 0.4, here 0.2", "smalldatasets 0.3, here 0.2"]),
-    (["--corrupt", "0.4", "--arch", "resnet20"], ["arch resnet8, here resnet20 (--arch)"]),
+    (["--corrupt", "0.4", "--arch", "resnet20"], ["small_networks.py:small, here resnet20 (--arch)"]),
     (["--corrupt", "0.4", "--randomseed", "2"], ["labels ", "(--randomseed draws other noisy labels)"]),
 ])
 def test_flags_of_another_sampling_run_are_refused_by_name(noisy, tmp_path, script, flags, named):
@@ -82,7 +80,7 @@ def test_other_data_under_the_same_name_are_refused(sampled, tmp_path, monkeypat
     monkeypatch.setitem(datasets.SOURCES, "digits", source._replace(read=changed))
     with pytest.raises(UserError, match="content .*--data holds other data"):
         in_subspace(train_psgd, sampled, tmp_path / "p")
-    for flags in (["--epochs", "3"], ["--epochs", "2", "--data", str(tmp_path)]):
+    for flags in (["--epochs", "3"], ["--epochs", "2"], ["--epochs", "2", "--data", str(tmp_path)]):
         with pytest.raises(UserError, match="is of other data than --data .*: content"):
             train_sgd.main(train_sgd.parse_args([*digits_args(own, "--lr", "0.05", "--resume", "auto"), *flags]))
 
@@ -103,16 +101,17 @@ def test_snapshots_of_another_run_in_the_window_are_refused(sampled, tmp_path):
     for script in (train_psgd, train_pbfgs):
         with pytest.raises(UserError, match=r"3\.pt not as sgd_snapshots.json of this run lists it"):
             in_subspace(script, tmp_path / "run", tmp_path / "p")
-    flags = ["--datasets", "digits", "--arch", "resnet8", "--smalldatasets", "0.3", "--params_end", "3",
+    flags = ["--datasets", "digits", "--arch", network("small"), "--smalldatasets", "0.3", "--params_end", "3",
              "--n_components", "2", "--save-dir", str(tmp_path / "run"), "--device", "cpu"]
     with pytest.raises(UserError, match=r"3\.pt not as sgd_snapshots"):
         trajectory.main(trajectory.parse_args(flags))
 
 
-def test_starting_over_leaves_no_snapshot_of_before(tmp_path):
+def test_starting_over_removes_what_the_script_has_written_and_no_more(tmp_path):
+    (tmp_path / "2024_best.pt").write_bytes(b"of somebody")
     sample(tmp_path, epochs=4)
     sample(tmp_path, "--overwrite", "--randomseed", "2", epochs=2)
-    assert sorted(path.name for path in tmp_path.glob("[0-9]*.pt")) == ["0.pt", "1.pt", "2.pt"]
+    assert sorted(path.name for path in tmp_path.glob("[0-9]*.pt")) == ["0.pt", "1.pt", "2.pt", "2024_best.pt"]
     assert sorted(json.loads((tmp_path / "sgd_snapshots.json").read_text())) == ["0", "1", "2"]
 
 
@@ -139,16 +138,6 @@ def test_directories_that_cannot_be_flushed_are_passed_over(tmp_path, monkeypatc
 
     monkeypatch.setattr(checkpoint.os, "fsync", fsync)
     assert checkpoint.save_json(tmp_path / "a.json", {"b": 1}).read_text() == '{\n "b": 1\n}\n'
-
-
-@pytest.mark.parametrize("environment", [
-    {"WORLD_SIZE": "4"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "four"}, {"WORLD_SIZE": "2", "RANK": "x"},
-    {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"},
-])
-def test_a_leftover_environment_is_one_line(environment, tmp_path):
-    command = [sys.executable, "train_sgd.py", *digits_args(tmp_path, "--epochs", "1")]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
-    assert done.returncode in (1, 2) and done.stderr.count("\n") == 1 and "WORLD_SIZE" in done.stderr
 
 
 def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
@@ -194,8 +183,8 @@ def test_a_pickled_model_is_refused_by_its_name(tmp_path):
 def test_trajectory_of_one_component_and_into_new_folders(sampled, tmp_path, components, monkeypatch):
     monkeypatch.setattr(trajectory, "GRID", 3)
     in_subspace(train_psgd, sampled, tmp_path / "p", "--n_components", components)
-    flags = ["--datasets", "digits", "--arch", "resnet8", "--smalldatasets", "0.3", "--params_end", "4", "--samples",
-             "8", "--n_components", components, "--save-dir", str(sampled), "--device", "cpu", "--runs",
+    flags = ["--datasets", "digits", "--arch", network("small"), "--smalldatasets", "0.3", "--params_end", "4",
+             "--samples", "8", "--n_components", components, "--save-dir", str(sampled), "--device", "cpu", "--runs",
              str(tmp_path / "p"), "--json", str(tmp_path / "new" / "t.json"), "--figure",
              str(tmp_path / "fig" / "t.png")]
     result = trajectory.main(trajectory.parse_args(flags))
@@ -209,18 +198,10 @@ def test_snapshots_left_behind_by_a_killed_run_are_not_of_the_resumed_one(tmp_pa
     shutil.copy(tmp_path / "1.pt", tmp_path / "3.pt")
     index = tmp_path / "sgd_snapshots.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "3": checkpoint.checksum(tmp_path / "3.pt")}))
-    args = train_sgd.parse_args(digits_args(tmp_path, "--epochs", "2", "--lr", "0.05", "--resume", "auto", "--data",
-                                            str(tmp_path)))
-    train_sgd.main(args)  # nothing to train, but the run is taken up again
+    (tmp_path / "sgd_summary.json").unlink()
+    sample(tmp_path, "--resume", "auto", epochs=2)  # nothing to train, but the run is taken up again
     with pytest.raises(UserError, match=r"3\.pt not as"):
         in_subspace(train_psgd, tmp_path, tmp_path / "p")
-
-
-def test_overwrite_removes_what_the_script_writes_and_no_more(tmp_path):
-    (tmp_path / "2024_best.pt").write_bytes(b"of somebody")
-    sample(tmp_path, epochs=2)
-    sample(tmp_path, "--overwrite", epochs=1)
-    assert (tmp_path / "2024_best.pt").read_bytes() == b"of somebody" and not (tmp_path / "2.pt").exists()
 
 
 def test_a_finished_run_is_not_replaced_by_a_checkpoint_from_elsewhere(tmp_path):
