@@ -5,6 +5,7 @@ A damaged file must be refused, or give the very values that were saved: trainin
 """
 import contextlib
 import io
+import multiprocessing
 import os
 import shutil
 import signal
@@ -385,6 +386,8 @@ class Hangs(BaseException):
 @contextlib.contextmanager
 def in_time(seconds):
     def ring(*_):
+        for process in multiprocessing.active_children():
+            process.kill()
         raise Hangs
 
     before = signal.signal(signal.SIGALRM, ring)
