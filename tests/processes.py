@@ -19,7 +19,7 @@ import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
-from dldr import distributed
+from dldr import distributed, engine
 
 SCRIPTS = {"sgd": train_sgd, "psgd": train_psgd, "pbfgs": train_pbfgs}
 context = multiprocessing.get_context("forkserver")
@@ -101,6 +101,12 @@ def run_with_one_network(calls):
             assert torch.equal(distributed.broadcast(state.clone()), state), (method, args)
 
         utils.run_stage(method, SCRIPTS[method].parse_args(argv), train)
+
+
+def without_evaluation(function, *args):
+    """function(*args), where the test set would take most of the time."""
+    engine.evaluate = lambda *_, **__: {"loss": 0.0, "accuracy": 0.0}
+    function(*args)
 
 
 def command_without_torchrun(*args):

@@ -121,14 +121,6 @@ def test_malformed_npz_is_refused(tmp_path, change, message):
         datasets.load("CIFAR10", tmp_path, batch_size=8, device="cpu", seed=1)
 
 
-def test_truncated_npz_is_refused(tmp_path):
-    write_npz(tmp_path)
-    path = tmp_path / "cifar10.npz"
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UserError, match="cifar10.npz cannot be read"):
-        datasets.load("CIFAR10", tmp_path, batch_size=8, device="cpu", seed=1)
-
-
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "MNIST", "FashionMNIST"])
 def test_missing_data_without_network_says_what_to_do(tmp_path, name, monkeypatch):
     import torchvision.datasets.utils as tv_utils

@@ -19,6 +19,7 @@ from processes import (
     run_all,
     run_with_one_network,
     start,
+    without_evaluation,
 )
 from small_networks import small
 
@@ -46,13 +47,12 @@ ALGORITHMS = {  # name: (method, flags)
 }
 
 
-@pytest.mark.parametrize(("arch", "lr"), [("no_batch_norm", 0.05), ("fixed_batch_norm", 0.02)])
-def test_1_2_and_4_processes_train_the_same_network(arch, lr, tmp_path):
+def test_1_2_and_4_processes_train_the_same_network(tmp_path):
     """14 steps of each algorithm, 7 an epoch, with a last mini-batch of 47 that 2 and 4 do not divide.
 
     Rounding grows faster in P+-BFGS, and in Adam, whose steps of 1e-3 are as long where a gradient is only rounding.
     """
-    shots, arch = tmp_path / "shots", network(arch)
+    shots, arch, lr = tmp_path / "shots", network("fixed_batch_norm"), 0.02
     run("sgd", digits_args(shots, "--epochs", "5", "--lr", str(lr), "--arch", arch))
     rates = {"sgd": lr, "adam": lr / 50, "accumulated": lr, **dict.fromkeys(("psgdon", "psgdoff", "streamed"), 10 * lr)}
 
@@ -170,7 +170,8 @@ def test_every_sample_goes_to_one_process(samples, batch, monkeypatch):
 @pytest.mark.parametrize(("harm", "seconds"), [(signal.SIGKILL, 20), (signal.SIGSTOP, 25)])
 def test_a_dead_or_silent_process_ends_the_others(harm, seconds, tmp_path):
     """Within the timeout, with one line; and one process goes on from the checkpoint of the two."""
-    argv = digits_args(tmp_path / "run", "--lr", "0.05", "--save-every", "1", "--timeout", "8", "--resume", "auto")
+    argv = digits_args(tmp_path / "run", "--lr", "0.05", "--save-every", "1", "--timeout", "8", "--resume", "auto",
+                       "--arch", "resnet8", "--smalldatasets", "0.1")
     ranks = Ranks(2, tmp_path, command, "sgd", [*argv, "--epochs", "1000"])
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "sgd_checkpoint.pt").is_file() and time.monotonic() < deadline:
@@ -200,8 +201,8 @@ def test_a_process_to_which_no_others_come_ends_in_time(rank, tmp_path):
                         digits_args(tmp_path / "run", "--timeout", "1", *more))
         process.join(20)
         assert process.exitcode == status
-        (line,) = (tmp_path / f"out.err{rank}").read_text().splitlines()
-        assert words in line
+        lines = (tmp_path / f"out.err{rank}").read_text().splitlines()  # torch may warn before
+        assert [words in line for line in lines if line.startswith("train_sgd.py: ")] == [True], lines
 
 
 @pytest.mark.parametrize("method", SCRIPTS)
@@ -230,7 +231,8 @@ def test_a_checkpoint_of_two_resumes_as_one_and_as_four(method, tmp_path):
 
 
 def test_a_signal_to_one_process_stops_all_and_leaves_a_checkpoint(tmp_path):
-    argv = digits_args(tmp_path / "run", "--lr", "0.05", "--epochs", "1000", "--save-every", "1000")
+    argv = digits_args(tmp_path / "run", "--lr", "0.05", "--epochs", "1000", "--save-every", "1000", "--arch", "resnet8",
+                       "--smalldatasets", "0.1")
     ranks = Ranks(2, tmp_path, command, "sgd", argv)
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "1.pt").is_file() and time.monotonic() < deadline:
@@ -267,7 +269,7 @@ def test_a_network_that_skips_blocks_trains_on_two(tmp_path):
     """Stochastic depth: some parameters have a gradient on one process only, or in one mini-batch only."""
     argv = digits_args(tmp_path / "run", "--epochs", "1", "--arch", "stochasticdepth18", "--smalldatasets", "0.02",
                        "--batch-size", "8", "--lr", "0.01", "--accumulate", "2")
-    ranks = Ranks(2, tmp_path, run_with_one_network, [("sgd", argv)])
+    ranks = Ranks(2, tmp_path, without_evaluation, run_with_one_network, [("sgd", argv)])
     assert ranks.wait() == [0, 0], ranks.err(0)
 
 

@@ -143,6 +143,9 @@ def test_a_subspace_run_is_of_the_data_and_network_of_its_snapshots(world, tmp_p
             (line,) = lines
             named = {name for name in utils.MISMATCHES if re.search(f"[:;] {name} ", line)}
             assert (status, named) == (1, wrong) and "--allow-mismatch" in line and not summary.exists()
+            for name in wrong & {"smalldatasets", "corrupt"}:
+                a, b = (float(settings[f"--{name}"]) for settings in (then, now))
+                assert f"{name} {a}, here {b} (--{name})" in line
         elif differ & {"arch", "datasets"}:  # allowed, but the shapes differ
             assert status == 1 and "is of another network" in lines[0]
         else:
@@ -200,9 +203,20 @@ def test_a_run_in_the_directory_of_another_is_that_run_or_refused(world, tmp_pat
             if how == "path":  # the snapshots before are where they were
                 alone = *alone[:2], {name: value for name, value in alone[2].items() if name in ours[2]}
             assert_equal(ours, alone)
-        else:
+        if not trains or how == "auto" and state == "finished" and now["--epochs"] == then["--epochs"]:
             assert before == {path.name: path.read_bytes() for path in there.iterdir()}
-            assert how != "auto" or all(f"{name} " in lines[0] for name in flags)
+        if not trains:
+            if how == "path" and state == "killed early":
+                words = ["there is no checkpoint"]
+            elif flags:
+                words = [f"{name} " for name in flags]
+            elif how == "":
+                done = state == "finished" and now["--epochs"] == then["--epochs"] and "shots" not in differ
+                words = [f"{'keep' if done else 'resume'} it with --resume auto", "start over with --overwrite"]
+            else:
+                words = ["is past --epochs 2" if now["--epochs"] < then["--epochs"] else
+                         "is of other data than --data" if "images" in differ else "made with different snapshots"]
+            assert all(word in lines[0] for word in words)
 
     check()
     assert set(ends) >= {("", 1), ("auto", 0), ("auto", "resumed"), ("auto", 1), ("path", "resumed"), ("path", 1),

@@ -42,11 +42,6 @@ def test_batches_do_not_depend_on_workers_or_on_what_was_read_before(folder):
     assert torch.equal(x, x3) and torch.equal(y, y3)
 
 
-def test_missing_folders_name_the_flag(tmp_path):
-    with pytest.raises(UserError, match="--data .*train"):
-        datasets.load("ImageNet", tmp_path, batch_size=5, device="cpu", seed=1)
-
-
 def test_sampling_iterations_are_the_published_ones():
     assert train_sgd.sampling_iterations(5005, 6) == [1, 1001, 2001, 3001, 4001, 5001]  # after iterations 0, 1000, ...
     assert train_sgd.sampling_iterations(391, 1) == [391]

@@ -122,64 +122,8 @@ def test_a_signal_while_a_slow_disk_writes_waits_for_it(sampled, tmp_path, whole
     assert_equal(result("sgd", tmp_path), whole["sgd"][1])
 
 
-def test_auto_trains_a_finished_run_on_but_not_back(sampled, tmp_path, whole):
-    def auto(epochs):
-        run("psgd", argv("psgd", sampled, tmp_path, "--resume", "auto", "--epochs", epochs))
-
-    auto("2")
-    auto("3")
-    assert_equal(result("psgd", tmp_path), whole["psgd"][1])
-    with pytest.raises(UserError, match="is past --epochs 2: it has 3"):
-        auto("2")
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory):
-    """state -> a directory in it, of SGD runs of 3 epochs; to be copied."""
-    there = {state: tmp_path_factory.mktemp(state) for state in TABLE}
-    finish(run, "sgd", argv("sgd", None, there["finished"]))
-    process = start(crash.run_and_die_in_write, "sgd", argv("sgd", None, there["unfinished"]), 21)  # in 3.pt
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    finish(run, "sgd", argv("sgd", None, there["other"], "--lr", "0.01", "--epochs", "5"))
-    return there
-
-
-TABLE = {  # state of the directory: what comes of no flag, --resume auto and --overwrite
-    "empty": ("trains", "trains", "trains"),
-    "finished": ("holds a finished sgd run with these flags; keep it with --resume auto, or .* --overwrite",
-                 "already finished, nothing to do", "trains"),
-    "unfinished": ("holds an unfinished sgd run with these flags; resume it with --resume auto, or .* --overwrite",
-                   "resumes", "trains"),
-    "other": (*2 * (r"holds a sgd run with other flags \(lr 0.01 -> 0.1\); .* --overwrite",), "trains"),
-}
-
-
 def contents(directory):
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in directory.iterdir()}
-
-
-@pytest.mark.parametrize("state", TABLE)
-@pytest.mark.parametrize(("column", "flags"), [(0, []), (1, ["--resume", "auto"]), (2, ["--overwrite"])])
-def test_the_same_command_a_second_time(directories, tmp_path, capsys, whole, state, column, flags):
-    """The table of Run.finished. A run that trains leaves what one in an empty directory does, and nothing else."""
-    outcome, directory = TABLE[state][column], tmp_path / "run"
-    shutil.copytree(directories[state], directory)
-    before, again = contents(directory), argv("sgd", None, directory, *flags)
-    if outcome in ("trains", "resumes"):
-        run("sgd", again)
-        assert ("resumed from" in capsys.readouterr().out) == (outcome == "resumes")
-        assert_equal(result("sgd", directory), whole["sgd"][1])
-        assert not list(directory.glob(".*.tmp"))
-        return
-    if "finished, nothing" in outcome:
-        assert run("sgd", again)["epochs"] == 3
-        out = capsys.readouterr().out
-        assert outcome in out and "\nsummary method=sgd" in out
-    else:
-        with pytest.raises(UserError, match=outcome):
-            run("sgd", again)
-    assert contents(directory) == before
 
 
 def test_overwrite_in_the_directory_of_the_snapshots_leaves_them(sampled, tmp_path):
@@ -191,14 +135,14 @@ def test_overwrite_in_the_directory_of_the_snapshots_leaves_them(sampled, tmp_pa
     assert before == {name: after[name] for name in before}
 
 
-def test_a_checkpoint_of_an_earlier_revision_is_refused(directories, tmp_path):
-    shutil.copytree(directories["unfinished"], tmp_path / "run")
-    path = tmp_path / "run" / "sgd_checkpoint.pt"
+def test_a_checkpoint_of_an_earlier_revision_is_refused(tmp_path):
+    run("sgd", argv("sgd", None, tmp_path))
+    path = tmp_path / "sgd_checkpoint.pt"
     state = load_file(path, "checkpoint")
     del state["format"]
     torch.save(state, path)
     with pytest.raises(UserError, match="sgd_checkpoint.pt is a checkpoint of an earlier revision .*--overwrite$"):
-        run("sgd", argv("sgd", None, tmp_path / "run", "--resume", "auto"))
+        run("sgd", argv("sgd", None, tmp_path, "--resume", "auto", "--epochs", "4"))
 
 
 @pytest.mark.parametrize("method", METHODS)

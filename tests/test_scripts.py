@@ -136,24 +136,6 @@ def test_resume_ends_where_an_uninterrupted_run_does(sampled, tmp_path, script, 
     assert whole["test_accuracy_best"] == resumed["test_accuracy_best"]
 
 
-def test_resume_refuses_another_experiment(sampled, tmp_path):
-    checkpoint = str(sampled / "sgd_checkpoint.pt")
-    with pytest.raises(UserError, match="lr 0.05 -> 0.3"):
-        run(train_sgd, *digits_args(tmp_path, "--epochs", "6", "--lr", "0.3", "--resume", checkpoint))
-    with pytest.raises(UserError, match="not a checkpoint of this script"):
-        run(train_psgd, *digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path), "--resume", checkpoint))
-    with pytest.raises(UserError, match="there is no checkpoint"):
-        run(train_sgd, *digits_args(tmp_path, "--resume", str(tmp_path / "none.pt")))
-
-
-def test_resume_takes_harmless_changes(sampled, tmp_path):
-    """What does not change the experiment may change: more epochs, printing, workers, where the data lie."""
-    run(train_psgd, *digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path), "--epochs", "1"))
-    changed = ["-p", "7", "-j", "2", "--data", "elsewhere", "--save-every", "3", "--epochs", "2", "--resume", "auto"]
-    run(train_psgd, *digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path), *changed))
-    assert [line["epoch"] for line in log_of(tmp_path, "psgd")] == [1, 2]
-
-
 def test_resume_refuses_another_window(sampled, tmp_path):
     """The same flags, but the snapshots are of another run: theta would mean other parameters."""
     other = tmp_path / "other"

@@ -23,7 +23,7 @@ def test_distances_accuracies_and_picture(sampled, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(trajectory, "GRID", 3)
     argv = digits_args(sampled, "--output-dir", str(tmp_path), *FLAGS[6:10], "--epochs", "2")
     train_psgd.main(train_psgd.parse_args(argv))
-    path, figure = tmp_path / "t.json", tmp_path / "t.png"
+    path, figure = tmp_path / "new" / "t.json", tmp_path / "newer" / "t.png"
     trajectory.main(trajectory.parse_args([*FLAGS, "--save-dir", str(sampled), "--samples", "100", "--runs",
                                            str(tmp_path), "--json", str(path), "--figure", str(figure)]))
     result = json.loads(path.read_text())
@@ -70,3 +70,12 @@ def test_runs_in_other_directions_are_refused(sampled, tmp_path):
     with pytest.raises(UserError, match="has no theta in the principal directions"):
         trajectory.main(trajectory.parse_args([*FLAGS, "--save-dir", str(sampled), "--runs", str(tmp_path), "--figure",
                                                str(tmp_path / "t.png")]))
+
+
+def test_one_component_is_a_plane_too(sampled, tmp_path, monkeypatch):
+    monkeypatch.setattr(trajectory, "GRID", 3)
+    flags = [*FLAGS, "--n_components", "1", "--save-dir", str(sampled)]
+    train_psgd.main(train_psgd.parse_args([*flags, "--output-dir", str(tmp_path), "--epochs", "1"]))
+    result = trajectory.main(trajectory.parse_args([*flags, "--samples", "8", "--runs", str(tmp_path), "--figure",
+                                                    str(tmp_path / "t.png")]))
+    assert all(len(point) == 2 for lines in result["paths"].values() for line in lines for point in line)
