@@ -231,8 +231,8 @@ def test_a_checkpoint_of_two_resumes_as_one_and_as_four(method, tmp_path):
 
 
 def test_a_signal_to_one_process_stops_all_and_leaves_a_checkpoint(tmp_path):
-    argv = digits_args(tmp_path / "run", "--lr", "0.05", "--epochs", "1000", "--save-every", "1000", "--arch", "resnet8",
-                       "--smalldatasets", "0.1")
+    argv = digits_args(tmp_path / "run", "--lr", "0.05", "--epochs", "1000", "--save-every", "1000",
+                       "--arch", "resnet8", "--smalldatasets", "0.1")
     ranks = Ranks(2, tmp_path, command, "sgd", argv)
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "1.pt").is_file() and time.monotonic() < deadline:
