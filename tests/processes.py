@@ -28,10 +28,15 @@ cheap.DIGITS()
 gc.freeze()  # a collection would copy every page that the server has filled, which takes a second
 
 
+def serve():
+    """Start the server."""
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # where it looks for its imports
+        multiprocessing.forkserver.ensure_running()
+
+
 def start(target, *args):
     """A process that calls target(*args)."""
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # where the server looks for its imports
-        multiprocessing.forkserver.ensure_running()
+    serve()
     process = context.Process(target=target, args=args)
     process.start()
     return process

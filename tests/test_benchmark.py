@@ -5,6 +5,7 @@ import json
 from functools import partial
 
 import numpy as np
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,9 @@ def script(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-def test_benchmark_runs_at_a_small_size(tmp_path, capsys, script, device):
+def test_benchmark_runs_at_a_small_size(tmp_path, capsys, script, device, monkeypatch):
+    processes.serve()
+    monkeypatch.setattr("multiprocessing.get_context", lambda method: processes.context)  # not to import all again
     run, path = script("run"), tmp_path / "new" / "benchmark.json"
     run.main(run.parse_args([
         "--arch", "resnet8", "--samples", "48", "--test-samples", "20", "--batch-size", "16", "--snapshots", "5",

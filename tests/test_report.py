@@ -30,7 +30,7 @@ def test_table_csv_and_figures(runs, tmp_path, capsys):
     header, rule, sgd, psgd = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert len(header) == len(rule) == len(sgd) == len(psgd)
     summary = json.loads((runs / "psgd_summary.json").read_text())
-    assert sgd[1:3] == ["SGD", "75,290"] and psgd[1:4] == ["P-SGD", "3", "2"]
+    assert sgd[1:3] == ["SGD", "6,282"] and psgd[1:4] == ["P-SGD", "3", "2"]
     assert psgd[4] == f"{summary['test_accuracy_last']:.2f}"
     assert psgd[5:7] == [f"{summary['test_accuracy_best']:.2f}", str(summary["best_epoch"])]
     assert "30% of the samples" in psgd[0]
