@@ -85,7 +85,7 @@ def train(run, args, data, model):
     due = sampling_iterations(len(data.train), args.samples_per_epoch)
     snapshots = 1 + max(0, args.epochs - args.start_epoch) * len(due)
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    run.begin(data, w, snapshots=snapshots, writes=snapshots * size)
+    run.describe(data, w, snapshots=snapshots, writes=snapshots * size)
     parameters = {name for name, _ in model.named_parameters()}
 
     def save_snapshot(epoch, iteration):
@@ -98,7 +98,7 @@ def train(run, args, data, model):
                 state = {name: value.bfloat16() if name in parameters else value for name, value in state.items()}
             run.save_snapshot(epoch * len(due) + due.index(iteration) + 1, state)
 
-    if not run.has_checkpoint():
+    if not run.resumes():
         run.save_snapshot(args.start_epoch * len(due), model.state_dict())
     optimizer = make_optimizer(args, list(model.parameters()))
     loop = utils.make_loop(args, model, optimizer, distributed.data_parallel(model))

@@ -29,17 +29,17 @@ def run_stage(method, args, train):
     """
     paths = [] if args.evaluate or "n_components" not in args else snapshot_paths(args.save_dir, window_indices(args))
     run = Run(method, vars(args), args.changeable, paths)
-    if run.finished():
+    if not run.may_start():
         return load_json(run.path("summary.json"))
     device = set_up(args.device, args.randomseed, deterministic=args.deterministic, conv_tf32=args.conv_tf32 == "on",
                     timeout=args.timeout)
     if not args.evaluate:
-        run.take_directory()
+        run.prepare_directory()
     with run.timer("load"):
         data = load_data(args, device)
         model = models.get_model(args.arch, data.classes, args.datasets, getattr(args, "pretrained", None))
         model = models.on_device(model, device, args.sync_bn)
-    return evaluate(run, args, data, model) if args.evaluate else train(run, args, data, model)
+    return evaluate_saved(run, args, data, model) if args.evaluate else train(run, args, data, model)
 
 
 def load_data(args, device):
@@ -48,7 +48,7 @@ def load_data(args, device):
                          corrupt=args.corrupt, part=args.smalldatasets, workers=getattr(args, "workers", 0))
 
 
-def evaluate(run, args, data, model):
+def evaluate_saved(run, args, data, model):
     """--evaluate: test loss and accuracy of <method>_final.pt, or of the file of --resume; returns both."""
     name = {"": "final.pt", "auto": "checkpoint.pt"}.get(args.resume)
     path = run.path(name) if name else Path(args.resume)
@@ -80,7 +80,7 @@ def subspace(run, args, data, model):
         raise
     except ValueError as error:
         raise UserError(f"{error} (--n_components, --params_start, --params_end, --params_step)") from error
-    run.begin(data, w, snapshots=len(run.snapshots), explained=explained, sampling=sampling)
+    run.describe(data, w, snapshots=len(run.snapshots), explained=explained, sampling=sampling)
     return distributed.distribute(P, w.numel(), sharded)
 
 

@@ -154,7 +154,7 @@ def load_function(spec, flag):
     return getattr(module, name)
 
 
-def differences(then, now):
+def what_changed(then, now):
     """Where `now` differs from `then`: "lr 0.1 -> 0.2, ...", or "" if nowhere."""
     return ", ".join(f"{key} {then.get(key)} -> {value}" for key, value in now.items() if value != then.get(key))
 
@@ -241,8 +241,8 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ starting, resuming
 
-    def finished(self):
-        """Whether there is nothing to do; else the run may start, or resume. Reads only.
+    def may_start(self):
+        """Whether to start or resume; False if the run is finished; UserError if the table refuses. Reads only.
 
         | directory              | no flag                     | --resume auto              | --overwrite |
         |------------------------|-----------------------------|----------------------------|-------------|
@@ -256,11 +256,11 @@ class Run:
         """
         args = self.args
         if args["evaluate"] or args["overwrite"]:
-            return False
+            return True
         if not any(path.is_file() and path.stat().st_size for path in self.results()):
-            return False
+            return True
         before = load_json(self.path("args.json"))
-        changed = "unknown ones" if before is None else self.changes(before.get("args", {}))
+        changed = "unknown ones" if before is None else self.changed_flags(before.get("args", {}))
         if changed:
             raise UserError(f"{self.directory} holds a {self.method} run with other flags ({changed}); choose another "
                             f"{self.flag}, or start over with --overwrite")
@@ -279,7 +279,7 @@ class Run:
         if done and args["resume"] == "auto" and distributed.rank() == 0:
             print(f"{self.path('summary.json')}: already finished, nothing to do", flush=True)
             print_summary(summary)
-        return done and args["resume"] == "auto"
+        return not (done and args["resume"] == "auto")
 
     def results(self):
         """Files that make a directory that of a run of this method."""
@@ -288,13 +288,13 @@ class Run:
         return [*(self.path(name) for name in ("log.jsonl", "checkpoint.pt", "final.pt", "summary.json")),
                 *([first] if self.method == "sgd" else [])]
 
-    def changes(self, then):
+    def changed_flags(self, then):
         """How the flags differ from `then`, ignoring those that may change: "lr 0.1 -> 0.2, ...", or ""."""
         # what files from before these flags mean
         then = {"sync_bn": False, "snapshot_dtype": "float32", "allow_mismatch": [], **then}
-        return differences(then, {key: value for key, value in self.args.items() if key not in self.changeable})
+        return what_changed(then, {key: value for key, value in self.args.items() if key not in self.changeable})
 
-    def take_directory(self):
+    def prepare_directory(self):
         """Make the directory and lock it (the OS releases the lock on exit); with --overwrite empty it. On rank 0.
 
         Raises UserError if it cannot be written, or if another process is writing to it.
@@ -325,11 +325,11 @@ class Run:
         for path in stale:
             path.unlink(missing_ok=True)
 
-    def has_checkpoint(self):
+    def resumes(self):
         """Whether this run resumes: from --resume PATH, or with auto from its own checkpoint if it has left one."""
         return self.path("checkpoint.pt").is_file() if self.args["resume"] == "auto" else bool(self.args["resume"])
 
-    def begin(self, data, w, *, snapshots, explained=None, sampling=None, writes=0):
+    def describe(self, data, w, *, snapshots, explained=None, sampling=None, writes=0):
         """Print what is trained, and keep it for the summary.
 
         `explained`: the variance shares of the basis, if any; `sampling`: how its snapshots were made. `writes`: bytes
@@ -357,10 +357,10 @@ class Run:
             print(f"basis: {k} components of {snapshots} snapshots explain {100 * sum(explained):.4f}% of the "
                   "variance; each (%): " + " ".join(f"{100 * share:.3g}" for share in explained), flush=True)
 
-    def first_epoch(self, model, optimizer):
+    def start_or_resume(self, model, optimizer):
         """Restore the checkpoint, or start over; returns the index of the first epoch to train."""
         first = self.args["start_epoch"]
-        if self.has_checkpoint():
+        if self.resumes():
             path = self.path("checkpoint.pt") if self.args["resume"] == "auto" else Path(self.args["resume"])
             first = self.restore(path, model, optimizer)
             if path != self.path("checkpoint.pt"):  # --resume auto means this one from now on
@@ -393,12 +393,12 @@ class Run:
         kinds = {"epoch": int, "log": list, **dict.fromkeys(("model", "seconds", "optimizer", "facts", "args"), dict)}
         if state.get("method") != self.method or not all(isinstance(state.get(k), kind) for k, kind in kinds.items()):
             raise UserError(f"--resume {path} is not a checkpoint of this script ({self.method}_checkpoint.pt)")
-        changed = self.changes(state["args"])
+        changed = self.changed_flags(state["args"])
         if changed:
             raise UserError(f"--resume {path} is of another experiment: {changed}")
         if state["epoch"] > self.args["epochs"]:
             raise UserError(f"--resume {path} is past --epochs {self.args['epochs']}: it has {state['epoch']}")
-        if changed := differences(state["facts"].get("data", {}), self.facts["data"]):  # --data may have moved
+        if changed := what_changed(state["facts"].get("data", {}), self.facts["data"]):  # --data may have moved
             raise UserError(f"--resume {path} is of other data than --data {self.args['data']}: {changed}")
         shares = [facts["explained_variance"] for facts in (state["facts"], self.facts)]
         if shares[0] and not np.allclose(*(share["per_component"] for share in shares), rtol=1e-4):

@@ -206,7 +206,7 @@ def fit(run, loop, data, *, schedule=None, after_iteration=None, progress=None) 
     args, model, optimizer = run.args, loop.model, loop.optimizer
     top5 = args["datasets"] == "ImageNet"
     progress = progress or (lambda total, text: contextlib.nullcontext())
-    first = run.first_epoch(model, optimizer)
+    first = run.start_or_resume(model, optimizer)
     if distributed.all_reduce_max(first) != -distributed.all_reduce_max(-first):
         raise UserError(f"the ranks find different checkpoints: {run.flag} must be one directory for all machines")
     if schedule:

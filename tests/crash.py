@@ -54,6 +54,6 @@ def hold_lock(method, argv, ready):
     """Take the directory of a run, say so, and sit on it."""
     args = SCRIPTS[method].parse_args(argv)
     taken = checkpoint.Run(method, vars(args), args.changeable)
-    taken.take_directory()
+    taken.prepare_directory()
     ready.set()
     signal.pause()

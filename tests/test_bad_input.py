@@ -208,7 +208,7 @@ def left(sampled, tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", ["sgd", "psgd"])
-@pytest.mark.parametrize("more, plain, auto", [  # the table of Run.finished; --overwrite always starts over
+@pytest.mark.parametrize("more, plain, auto", [  # the table of Run.may_start; --overwrite always starts over
     ([], r"holds a finished \w+ run .*; keep it with --resume auto, or start over with --overwrite", "nothing to do"),
     (["--epochs", "2"], r"an unfinished \w+ run .*; resume it with --resume auto, or .* --overwrite", "resumed from"),
     (["--lr", "0.02"], r"other flags \(lr 0.01 -> 0.02\); choose another --\w+-dir, or .* --overwrite", None),

@@ -162,7 +162,7 @@ def contents(directory):
 @pytest.mark.parametrize("state", TABLE)
 @pytest.mark.parametrize(("column", "flags"), [(0, []), (1, ["--resume", "auto"]), (2, ["--overwrite"])])
 def test_the_same_command_a_second_time(directories, tmp_path, capsys, whole, state, column, flags):
-    """The table of Run.finished. A run that trains leaves what one in an empty directory does, and nothing else."""
+    """The table of Run.may_start. A run that trains leaves what one in an empty directory does, and nothing else."""
     outcome, directory = TABLE[state][column], tmp_path / "run"
     shutil.copytree(directories[state], directory)
     before, again = contents(directory), argv("sgd", None, directory, *flags)
