@@ -10,7 +10,7 @@ import torch
 
 import utils
 from dldr import distributed, engine
-from dldr.errors import NonFiniteLoss, UserError
+from dldr.errors import UserError
 from dldr.snapshots import is_finite
 from dldr.subspace import flat_parameters
 
@@ -62,22 +62,17 @@ def sampling_iterations(iterations, samples):
 
 def make_optimizer(args, parameters):
     """A parameter without gradient does not move, under weight decay either."""
-    cuda = parameters[0].is_cuda
     if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
-                                    foreach=cuda)
-    else:
-        optimizer = torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=cuda,
-                                     capturable=cuda)
+        return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    cuda = parameters[0].is_cuda
+    adam = torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=cuda, capturable=cuda)
 
-    @optimizer.register_load_state_dict_pre_hook
-    def keep_implementation(optimizer, state):
-        """A checkpoint from another device would restore that device's fused/capturable settings."""
+    @adam.register_load_state_dict_pre_hook
+    def keep_implementation(_, state):  # a checkpoint from another device has that device's
         for group in state["param_groups"]:
-            group.update({key: optimizer.defaults[key] for key in ("foreach", "fused", "capturable")
-                          if key in optimizer.defaults})
+            group.update(fused=cuda, capturable=cuda)
 
-    return optimizer
+    return adam
 
 
 def train(run, args, data, model):
@@ -93,12 +88,12 @@ def train(run, args, data, model):
             state = model.state_dict()
             everything = torch.cat([w, *(buffer.reshape(-1).to(w) for buffer in model.buffers())])
             if distributed.all_reduce_max(int(not is_finite(everything))):  # losses may be read later
-                raise NonFiniteLoss(f"the network is not finite after iteration {iteration}")
+                raise FloatingPointError(f"the network is not finite after iteration {iteration}")
             if args.snapshot_dtype == "bfloat16":
                 state = {name: value.bfloat16() if name in parameters else value for name, value in state.items()}
             run.save_snapshot(epoch * len(due) + due.index(iteration) + 1, state)
 
-    if not run.resumes():
+    if not run.checkpoint():
         run.save_snapshot(args.start_epoch * len(due), model.state_dict())
     optimizer = make_optimizer(args, list(model.parameters()))
     loop = utils.make_loop(args, model, optimizer, distributed.data_parallel(model))

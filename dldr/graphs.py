@@ -65,12 +65,12 @@ def capturer(mode, model, device, dataset="CIFAR10"):
     ImageNet, whose steps are long, and for several processes. Raises UserError if it is on for such a network or for
     several processes.
     """
-    drawn = any(getattr(module, "draws_on_host", False) for module in model.modules())
-    if mode == "on" and drawn:
-        raise UserError("--cuda-graphs on: this --arch draws anew which blocks to compute; use auto or off")
-    distributed_run = distributed.world_size() > 1
-    if mode == "on" and distributed_run:
-        raise UserError("--cuda-graphs on needs a single process; use auto or off")
-    on = mode == "on" or (mode == "auto" and device.type == "cuda" and not drawn and dataset != "ImageNet"
-                          and not distributed_run)
-    return partial(Graphed, device=device) if on else eager
+    obstacle = None
+    if any(getattr(module, "draws_on_host", False) for module in model.modules()):
+        obstacle = "this --arch draws anew which blocks to compute"
+    elif distributed.world_size() > 1:
+        obstacle = "it needs a single process"
+    if mode == "on" and obstacle:
+        raise UserError(f"--cuda-graphs on: {obstacle}; use auto or off")
+    auto = mode == "auto" and device.type == "cuda" and dataset != "ImageNet" and not obstacle
+    return partial(Graphed, device=device) if mode == "on" or auto else eager

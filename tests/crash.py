@@ -5,7 +5,7 @@ import time
 
 from processes import SCRIPTS, run
 
-from dldr import checkpoint
+from dldr import checkpoint, files
 from dldr.errors import Stopped
 
 
@@ -19,7 +19,7 @@ def at_write(n, action):
         action(descriptor, calls == n)
         real(descriptor)
 
-    checkpoint.os.fsync = fsync
+    files.os.fsync = fsync
 
 
 def run_and_die_in_write(method, argv, n):

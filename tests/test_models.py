@@ -12,8 +12,8 @@ import models
 import train_pbfgs
 import train_psgd
 import train_sgd
-from dldr.checkpoint import load_file
 from dldr.errors import UserError
+from dldr.files import load_file
 
 COUNTS = {  # parameters for 10 and for 100 classes
     "resnet8": (75_290, 81_140), "resnet20": (269_722, 275_572), "resnet32": (464_154, 470_004),
