@@ -53,20 +53,20 @@ def print_next(run, args):
     """Print where the files of a run are, and the command that comes next. On rank 0."""
     if distributed.rank():
         return
+    print(f"files: {run.directory}/{run.method}_*")
     if "n_components" in args:
-        print(f"files: {run.directory}/{run.method}_*")
-        print(f"next: python report.py {shlex.quote(str(run.directory))}", flush=True)
+        print(f"next: python report.py {shlex.quote(str(run.directory))}")
         return
     first = args.start_epoch * args.samples_per_epoch
     end = next(i for i in itertools.count(first) if not (run.directory / f"{i}.pt").is_file())
-    print(f"files: {run.directory}/{run.method}_*, snapshots {first}.pt ... {end - 1}.pt", flush=True)
     if end - first > 1:
+        print(f"snapshots: {run.directory}/{first}.pt ... {end - 1}.pt")
         flags = {"--datasets": args.datasets, "--data": args.data, "--arch": args.arch, "--corrupt": args.corrupt,
-                 "--smalldatasets": args.smalldatasets, "--randomseed": args.randomseed,
-                 "--save-dir": args.save_dir, "--params_start": first, "--params_end": min(end, first + 81),
+                 "--smalldatasets": args.smalldatasets, "--randomseed": args.randomseed, "--save-dir": args.save_dir,
+                 "--params_start": first, "--params_end": min(end, first + 81),
                  "--n_components": min(end - first - 1, 40)}
         words = [str(word) for flag in flags.items() if flag[1] is not None for word in flag]
-        print(f"next, or with train_pbfgs.py: python train_psgd.py {shlex.join(words)}", flush=True)
+        print(f"next, or with train_pbfgs.py: python train_psgd.py {shlex.join(words)}")
 
 
 def load_data(args, device):
@@ -487,7 +487,7 @@ def set_up(device="auto", seed=1, *, deterministic=False, conv_tf32=False, timeo
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.benchmark_limit = 3  # of some 40 plans, which take 3 to 15 s
     torch.backends.cudnn.allow_tf32 = conv_tf32
-    engine.seed_everything(seed)
+    torch.manual_seed(seed)
     device = pick_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -26,9 +26,15 @@ FORMAT = 2  # of checkpoints; those without a number are of revision 4748ea4 and
 FILES = r"(args|summary)\.json|log\.jsonl|(checkpoint|final)\.pt"  # after the method and "_"; of sgd also:
 SNAPSHOTS = r"\d+\.pt|sgd_snapshots\.json"
 COLUMNS = {  # of the epoch lines: heading -> key in the log, format; at most 100 characters in all
-    "lr": ("lr", "8.3g"), "train loss": ("train_loss", "#10.4g"), "train %": ("train_accuracy", "7.2f"),
-    "test loss": ("test_loss", "#9.4g"), "test %": ("test_accuracy", "6.2f"), "top-5 %": ("test_top5", "7.2f"),
-    "best %": ("best_accuracy", "6.2f"), "at": ("best_epoch", "4d"), "trials": ("trials_per_step", "6.2f"),
+    "lr": ("lr", "8.3g"),
+    "train loss": ("train_loss", "#10.4g"),
+    "train %": ("train_accuracy", "7.2f"),
+    "test loss": ("test_loss", "#9.4g"),
+    "test %": ("test_accuracy", "6.2f"),
+    "top-5 %": ("test_top5", "7.2f"),
+    "best %": ("best_accuracy", "6.2f"),
+    "at": ("best_epoch", "4d"),
+    "trials": ("trials_per_step", "6.2f"),
     "seconds": ("seconds", "7.1f"),
 }
 
@@ -142,8 +148,8 @@ class Run:
             if re.fullmatch(stale, path.name):
                 path.unlink(missing_ok=True)
 
-    def checkpoint(self):
-        """The checkpoint to resume from: that of --resume PATH, or with auto the run's own if there is one; or None."""
+    def checkpoint_to_resume(self):
+        """The file of --resume PATH, or with auto the run's own checkpoint if there is one; None for a new start."""
         own = self.path("checkpoint.pt")
         if self.args["resume"] == "auto":
             return own if own.is_file() else None
@@ -182,10 +188,10 @@ class Run:
 
         Returns the index of the first epoch to train.
         """
-        first, path, own = self.args["start_epoch"], self.checkpoint(), self.path("checkpoint.pt")
-        if path:
+        first = self.args["start_epoch"]
+        if path := self.checkpoint_to_resume():
             first = self.restore(path, model, optimizer)
-            if path != own:  # --resume auto means this one from now on
+            if path != self.path("checkpoint.pt"):  # --resume auto means this one from now on
                 self.save("checkpoint.pt", self.state(first, model, optimizer))
         if self.method == "sgd" and (known := load_json(self.path("snapshots.json"))):
             last = first * self.args["samples_per_epoch"]  # later ones are written again, maybe with other bits

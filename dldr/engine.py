@@ -72,10 +72,10 @@ def cudnn_benchmark(on):
         torch.backends.cudnn.benchmark = before
 
 
-def seed_everything(seed, epoch=None):
-    """Seed torch from seed (initial weights), or from (seed, epoch, rank) (dropout)."""
+def seed_epoch(seed, epoch):
+    """Seed torch, for dropout and the like, from (seed, epoch, rank)."""
     entropy = [seed, epoch, *([distributed.rank()] if distributed.rank() else [])]
-    torch.manual_seed(seed if epoch is None else int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
 def forward(model, x, half=False):
@@ -127,10 +127,8 @@ class Loop:
     def update(self, x, y, size, loss):
         """A step from the parameters' gradients; (x, y) and `loss` are those of the last mini-batch."""
         if self.searches:
-            def trial_loss():
-                return distributed.all_reduce(self.trial_loss(x, y, size).double())
-
-            self.optimizer.search(None if self.half else loss, trial_loss)
+            self.optimizer.search(None if self.half else loss,
+                                  lambda: distributed.all_reduce(self.trial_loss(x, y, size).double()))
         else:
             self.step(self.optimizer.param_groups[0]["lr"])
         self.optimizer.zero_grad(set_to_none=self.set_to_none)
@@ -216,7 +214,7 @@ def fit(run, loop, data, *, schedule=None, after_iteration=None, progress=None) 
     good = run.state(first, model, optimizer)
     with StopSignals() as signals:
         for epoch in range(first, run.epochs):
-            seed_everything(run.seed, epoch)
+            seed_epoch(run.seed, epoch)
             lr, before = optimizer.param_groups[0]["lr"], run.seconds["train"]
             hook = after_iteration and (lambda i, epoch=epoch: after_iteration(epoch, i))
             try:

@@ -1,6 +1,5 @@
 """Files: written whole or not at all, read without running code; tensors, state dicts, JSON, a user's function."""
 import contextlib
-import errno
 import importlib.util
 import io
 import json
@@ -31,13 +30,9 @@ def write_atomically(path, data):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         directory = os.open(path.parent, os.O_RDONLY)
-        try:
+        with contextlib.suppress(OSError):  # of a file system whose directories cannot be flushed (CIFS)
             os.fsync(directory)  # the new name, too
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a file system whose directories cannot be flushed (CIFS)
-                raise
-        finally:
-            os.close(directory)
+        os.close(directory)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

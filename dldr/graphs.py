@@ -65,12 +65,10 @@ def capturer(mode, model, device, dataset="CIFAR10"):
     ImageNet, whose steps are long, and for several processes. Raises UserError if it is on for such a network or for
     several processes.
     """
-    obstacle = None
-    if any(getattr(module, "draws_on_host", False) for module in model.modules()):
-        obstacle = "this --arch draws anew which blocks to compute"
-    elif distributed.world_size() > 1:
-        obstacle = "it needs a single process"
-    if mode == "on" and obstacle:
-        raise UserError(f"--cuda-graphs on: {obstacle}; use auto or off")
-    auto = mode == "auto" and device.type == "cuda" and dataset != "ImageNet" and not obstacle
-    return partial(Graphed, device=device) if mode == "on" or auto else eager
+    drawn = any(getattr(module, "draws_on_host", False) for module in model.modules())
+    several = distributed.world_size() > 1
+    if mode == "on" and (drawn or several):
+        reason = "this --arch draws anew which blocks to compute" if drawn else "it needs a single process"
+        raise UserError(f"--cuda-graphs on: {reason}; use auto or off")
+    auto = device.type == "cuda" and dataset != "ImageNet" and not drawn and not several
+    return partial(Graphed, device=device) if mode == "on" or mode == "auto" and auto else eager

@@ -112,7 +112,7 @@ def test_a_stage_ends_with_where_its_files_are_and_a_next_command_that_works(sam
 
     run(train_sgd, *digits_args(sampled, "--epochs", "5", "--lr", "0.05", "--resume", "auto"))  # is finished
     files, text, (python, script, *flags) = last_lines()
-    assert files == f"files: {sampled}/sgd_*, snapshots 0.pt ... 5.pt" and text == "next, or with train_pbfgs.py"
+    assert files == f"snapshots: {sampled}/0.pt ... 5.pt" and text == "next, or with train_pbfgs.py"
     assert (python, script) == ("python", "train_psgd.py") and train_pbfgs.parse_args(flags).n_components == 5
     output = tmp_path / "the run"
     run(train_psgd, *flags, "--output-dir", str(output), "--epochs", "1", "--batch-size", "64")
