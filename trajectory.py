@@ -27,7 +27,7 @@ from dldr.checkpoint import command_line, load_json, provenance, save_json, writ
 from dldr.errors import UserError
 from dldr.snapshots import load_window, read_snapshot, snapshot_paths
 from dldr.subspace import flat_parameters, pca_basis
-from report import image, plane
+from plots import image, plane
 
 GRID = 25  # points a side of the loss surface
 
