@@ -1,15 +1,15 @@
 """Tables and figures of finished runs: reads the *_summary.json and *_log.jsonl below the given directories.
 
-Prints a Markdown table with one row per setting: parameters trained, epochs, last and best test accuracy, the published
-accuracy of the same setting (results/targets.json) and the difference from it, seconds; runs that differ in their seed
-only share a row, as mean ± standard deviation. Runs that have begun and not ended are listed below it. With --figures
-it draws what the runs have data for:
+Prints a table with one row per setting: parameters trained, epochs, last and best test accuracy, the published accuracy
+of the same setting (results/targets.json) and the difference from it, seconds with those of sampling; runs that differ
+in their seed only share a row, as mean ± standard deviation. Runs that have begun and not ended are listed below it.
+With --figures it draws what the runs have data for, a file for each data set, network and label noise:
 
-accuracy     test accuracy against epoch and against seconds of training
-variance     the share of the snapshots' variance that each component explains, and all up to it
+accuracy     test accuracy against epoch and against seconds, sampling included; the last and the best epochs
+variance     the share of the snapshots' variance that each direction explains, and the cumulative one
 dimensions   test accuracy against the number of components
-noise        test accuracy against label noise
 trials       trials per step of P-BFGS
+noise        test accuracy against label noise
 trajectory_* what trajectory.py measured in the directory of that name: distances, and paths over the loss surface
 
 Example:
@@ -18,56 +18,93 @@ Example:
 import csv
 import io
 import json
+import math
+import os
+import re
 import statistics
-from itertools import accumulate
+import textwrap
+from itertools import zip_longest
 from pathlib import Path
 
+import plots
 import utils
-from dldr.checkpoint import load_json, write_atomically
 from dldr.errors import UserError
+from dldr.files import load_json, write_atomically
 
-# method -> label and colour (Okabe and Ito's palette, safe for colour-blind readers)
-STYLES = {"sgd": ("SGD", "#000000"), "psgd": ("P-SGD", "#D55E00"), "pbfgs": ("P-BFGS", "#0072B2")}
-OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")  # of the same palette, for what shares a method
+METHODS = {"sgd": "SGD", "psgd": "P-SGD", "pbfgs": "P-BFGS"}
 BASES = {"pca": "principal directions", "random": "random directions", "snapshots": "span of snapshots"}
-LINES = ("-", "--", ":", "-.")
 TARGETS = Path(__file__).parent / "results" / "targets.json"
 
 
 def parse_args(argv=None):
     parser = utils.Parser(__doc__)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="run directories, searched with all below them")
-    parser.add_argument("--table", metavar="FILE", help="also write the Markdown table to this file")
+    parser.add_argument("--table", metavar="FILE", help="also write the table to this file, as Markdown")
     parser.add_argument("--csv", metavar="FILE", help="write one line per run, every number unrounded")
     parser.add_argument("--figures", metavar="DIR", help="draw the figures into this directory")
     parser.add_argument("--format", choices=("png", "svg"), default="png", help="of the figures")
     return parser.parse_args(argv)
 
 
-def find_runs(directories):
-    """Summaries below the directories, each once and with its log as "log"; SGD, P-BFGS, P-SGD in each directory."""
-    runs, seen = [], set()
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def files(directories, name):
+    """(stage, path) of the stages' files of this name below the directories."""
     for directory in directories:
-        for method in STYLES:
-            for path in Path(directory).rglob(f"{method}_summary.json"):
-                try:
-                    summary = json.loads(path.read_text())
-                    lines = path.with_name(f"{method}_log.jsonl").read_text().splitlines()
-                    if (content := json.dumps(summary, sort_keys=True)) not in seen:  # else a copy of a run
-                        runs.append({**summary, "directory": path.parent, "log": [json.loads(line) for line in lines]})
-                    seen.add(content)
-                except (OSError, ValueError) as error:
-                    raise UserError(f"{path} and its {method}_log.jsonl cannot be read: {error}") from error
+        for stage in METHODS:
+            yield from ((stage, path) for path in sorted(Path(directory).rglob(f"{stage}_{name}")))
+
+
+def find_runs(directories):
+    """Summaries below the directories, each once, in the order of the table; with "log", and what `sampling` adds."""
+    runs, seen = [], set()
+    for stage, path in files(directories, "summary.json"):
+        try:
+            summary = json.loads(path.read_text())
+            lines = path.with_name(f"{stage}_log.jsonl").read_text().splitlines()
+            if (content := json.dumps(summary, sort_keys=True)) not in seen:  # else a copy of a run
+                runs.append({**summary, "directory": path.parent, "log": [json.loads(line) for line in lines]})
+            seen.add(content)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} and its {stage}_log.jsonl cannot be read: {error}") from error
     if not runs:
         raise UserError(f"no *_summary.json below {' '.join(directories)}; a finished run writes one")
-    return sorted(runs, key=order)
+    return sorted(({**run, **sampling(run, runs)} for run in runs), key=order)
+
+
+def sampling(run, runs):
+    """How a run's subspace was sampled: "window", the first and last epoch of SGD in it (None for SGD and if unknown),
+    and "sampling_seconds" of SGD's training up to there (0 for SGD, None if the run that sampled is not in `runs`)."""
+    if run["method"] == "sgd":
+        return {"window": None, "sampling_seconds": 0.0}
+    args, facts = run["args"], run.get("sampling") or {}
+    found = {}  # SGD's runs by how many letters their path and this run's have in common: the nearest is meant
+    for sgd in runs:
+        if (sgd["method"] == "sgd" and all(sgd[key] == run[key] for key in ("dataset", "arch", "parameters"))
+                and all(sgd["args"].get(key, value) == value for key, value in facts.items())
+                and (sgd["args"]["save_dir"] == args["save_dir"] or sgd["directory"] == run["directory"])):
+            paths = [sgd["directory"].absolute(), run["directory"].absolute()]
+            found.setdefault(len(os.path.commonpath(paths)), []).append(sgd)
+    source = found[max(found)] if found else []
+    per_epoch = facts.get("samples_per_epoch") or (source[0]["args"].get("samples_per_epoch") if source else None) or 1
+    epochs = [i / per_epoch for i in window(run)]
+    seconds = [e["seconds"] for e in source[0]["log"] if e["epoch"] < epochs[-1] + 1] if len(source) == 1 else []
+    known = bool(seconds) and len(seconds) == math.ceil(epochs[-1])
+    return {"window": (epochs[0], epochs[-1]) if known or facts else None,
+            "sampling_seconds": sum(seconds) if known else None}
+
+
+def window(run):
+    """Numbers of the snapshots that a subspace run used."""
+    return range(run["args"]["params_start"], run["args"]["params_end"], run["args"].get("params_step", 1))
 
 
 def order(run):
     """Data set, network and part of the data, label noise, method, k, window, seed: each ascending as a number."""
-    args, methods = run["args"], ["SGD", "Adam", "P-SGD", "P-BFGS"]
+    args = run["args"]
     return (run["dataset"], run["arch"], args.get("smalldatasets") or 1, run["corrupt"],
-            methods.index(label(run).split(" (")[0]), args.get("basis", "pca"), run["n_components"] or 0,
+            list(plots.COLOURS).index(method(run)), args.get("basis", "pca"), run["n_components"] or 0,
             args.get("params_end", 0), args.get("params_step", 1), args.get("samples_per_epoch") or 1, run["seed"],
             str(run["directory"]))
 
@@ -75,65 +112,95 @@ def order(run):
 def unfinished(directories):
     """Lines of text on runs below the directories that have begun and have no summary."""
     lines = []
-    for directory in directories:
-        for method in STYLES:
-            for path in sorted(Path(directory).rglob(f"{method}_args.json")):
-                args, log = load_json(path)["args"], path.with_name(f"{method}_log.jsonl")
-                if not path.with_name(f"{method}_summary.json").is_file():
-                    epochs = len(log.read_text().splitlines()) if log.is_file() else 0
-                    name = label({"method": method, "args": args})
-                    lines.append(f"unfinished: {name} in {path.parent}, seed {args['randomseed']}, {epochs} of "
-                                 f"{args['epochs']} epochs")
+    for stage, path in files(directories, "args.json"):
+        args, log = load_json(path)["args"], path.with_name(f"{stage}_log.jsonl")
+        if not path.with_name(f"{stage}_summary.json").is_file():
+            epochs = len(log.read_text().splitlines()) if log.is_file() else 0
+            name = label({"method": stage, "args": args})
+            lines.append(f"unfinished: {name} in {path.parent}, seed {args['randomseed']}, {epochs} of "
+                         f"{args['epochs']} epochs")
     return lines
 
 
+def method(run):
+    """SGD, Adam, P-BFGS or P-SGD."""
+    return "Adam" if run["args"].get("optimizer") == "adam" else METHODS[run["method"]]
+
+
 def label(run):
-    """SGD, Adam, P-BFGS or P-SGD, and in brackets a basis other than the principal directions."""
-    args, name = run["args"], STYLES[run["method"]][0]
-    if args.get("optimizer") == "adam":
-        return "Adam"
-    basis = args.get("basis", "pca")
-    return name if basis == "pca" else f"{name} ({basis})"
+    """The method, and in brackets a basis other than the principal directions."""
+    basis = run["args"].get("basis", "pca")
+    return method(run) + (f" ({basis})" if basis != "pca" else "")
 
 
-def setting(run):
-    """What a row is: everything that was chosen but the seed, the data, and how the snapshots were sampled."""
-    same = {"randomseed", "save_dir", *utils.changeable_flags()}
-    args = {key: value for key, value in run["args"].items() if key not in same}
-    data = {key: value for key, value in run.get("data", {}).items() if key != "labels"}  # noisy ones differ by seed
-    return json.dumps([run["method"], run["epochs"], args, data, run.get("sampling")], sort_keys=True)
+def snapshots(run):
+    """The snapshots that a run sampled or used, in words."""
+    if run["method"] == "sgd":
+        return f"{run['args'].get('samples_per_epoch') or 1} snapshots an epoch"
+    used = window(run)
+    return f"snapshots {used[0]} to {used[-1]}" + (f" in steps of {used.step}" if used.step > 1 else "")
 
 
-def grouped(runs):
-    """Lists of the runs that differ in their seed only."""
+def settings(runs, *keys):
+    """Lists of the runs of one data set, network and value of `keys`, each with what varies of these for file names."""
+    found, keys = {}, ("dataset", "arch", *keys)
+    for run in runs:
+        found.setdefault(tuple(run[key] for key in keys), []).append(run)
+    for values, group in found.items():
+        texts = [f"_noise{100 * value:g}" if key == "corrupt" else f"_{value}" for key, value, column
+                 in zip(keys, values, zip(*found, strict=True), strict=True) if len(set(column)) > 1]
+        yield re.sub(r"\W+", "-", "".join(texts)), group
+
+
+def unlike(without=()):
+    """Names of the arguments in which runs of one group may differ: the seed, where they are, and `without`."""
+    return {"randomseed", "save_dir", *utils.changeable_flags(), *without}
+
+
+def grouped(runs, *without):
+    """Lists of the runs that differ in their seed only, and in the arguments `without`."""
     groups = {}
     for run in runs:
-        groups.setdefault(setting(run), []).append(run)
+        args = {key: value for key, value in run["args"].items() if key not in unlike(without)}
+        data = {**run.get("data", {}), "labels": None}  # noisy ones differ by seed
+        key = json.dumps([run["method"], run["epochs"], args, data, run.get("sampling")], sort_keys=True)
+        groups.setdefault(key, []).append(run)
     return list(groups.values())
 
 
-def mean(runs, key, digits=2):
+def named(runs, *without):
+    """The groups of `grouped` as `plots.Line`s, no two of one name: the method, and in what it differs from others."""
+    groups = grouped(runs, *without)
+    first = [group[0] for group in groups]
+    labels = list(map(label, first))
+    names = list(labels)
+
+    def tell(alike, text):  # where it differs among those of the same entry in `alike`
+        texts = list(map(text, first))
+        for i, kind in enumerate(alike):
+            if len({t for t, other in zip(texts, alike, strict=True) if other == kind}) > 1:
+                names[i] += f", {texts[i]}" if texts[i] else ""
+
+    if "n_components" not in without:
+        tell(labels, lambda run: f"k = {run['n_components']}")
+    tell(labels, snapshots)
+    tell(labels, lambda run: f"{100 * (run['args'].get('smalldatasets') or 1):g}% of the images")
+    tell(labels, lambda run: "pretrained" if run["args"].get("pretrained") else "")
+    for key in ["epochs", *sorted(set().union(*(run["args"] for run in first)) - unlike(without) - {"output_dir"})]:
+        tell(list(names), lambda run, key=key: f"{key} {run['args'].get(key)}".replace("_", " "))
+    names = [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    return [plots.Line(name, method(group[0]), group) for name, group in zip(names, groups, strict=True)]
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def mean(runs, key):
     """Mean of summary[key] over the runs, ± the standard deviation where there are several; a dash for no epochs."""
-    values = [run[key] for run in runs]
-    if None in values:
+    if None in [run[key] for run in runs]:
         return "-"
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
-
-
-def part(run):
-    """Which part of the data set was trained on, where not all."""
-    share = run["args"].get("smalldatasets")
-    return f", {100 * share:g}% of the samples" if share else ""
-
-
-def sampled(run):
-    """The snapshots that a run sampled or used, where that is not one per epoch from the window's start."""
-    args = run["args"]
-    if run["method"] == "sgd":
-        return f", {args['samples_per_epoch']} snapshots an epoch" if (args.get("samples_per_epoch") or 1) > 1 else ""
-    step = f", every {args['params_step']}." if args.get("params_step", 1) > 1 else ""
-    return f", snapshots {args['params_start']} to {args['params_end'] - 1}{step}"
+    average, deviation = plots.spread([run[key] for run in runs])
+    return f"{average:.2f}" + (f" ± {deviation:.2f}" if len(runs) > 1 else "")
 
 
 # what the published runs have in common, and their schedules
@@ -165,32 +232,77 @@ def compared(group):
     return f"{target['last']:.2f} [{target['source']}]", f"{difference:+.2f}{remark}"
 
 
+def uneven(runs):
+    """{method: (least, most)} seconds of an epoch, for methods with epochs that took over twice the median.
+
+    Something else ran beside them, or they ran on different machines. The first epoch of a run may be a warm-up.
+    """
+    epochs = {}
+    for run in runs:
+        epochs.setdefault(method(run), []).extend(line["seconds"] for line in run["log"][1:])
+    return {name: (min(s), max(s)) for name, s in epochs.items() if s and max(s) > 2 * statistics.median(s)}
+
+
+def seconds(group):
+    """Mean seconds of sampling, basis and training, and in brackets those of sampling."""
+    own = statistics.fmean(run["seconds"]["basis"] + run["seconds"]["train"] for run in group)
+    sampled = [run["sampling_seconds"] for run in group]
+    if None in sampled:
+        return f"{own:,.0f} + ?"
+    return f"{own + statistics.fmean(sampled):,.0f}" + (f" ({statistics.fmean(sampled):,.0f})" if any(sampled) else "")
+
+
+HEADER = ("run", "method", "seeds", "parameters trained", "epochs (+ sampling)", "test accuracy, last (%)", "best (%)",
+          "best epoch", "reference, last (%)", "difference", "training accuracy, last (%)", "seconds (sampling)")
+NOTES = {"": "Seconds: of training and the basis, without evaluation. They include those of sampling, in brackets: "
+             "SGD's up to the last snapshot of the window.",
+         "?": "?: the run that sampled is not among these.",
+         "*": "*: no measure of speed, since some epochs of this method took over twice as long as others."}
+
+
+def rows(runs):
+    """Cells of the table, its header first, without columns of dashes only; and its footnotes."""
+    cells = [HEADER]
+    for _, those in settings(runs, "corrupt"):
+        marked = uneven(those).keys()
+        for name, kind, group in named(those):
+            run, seeds = group[0], sorted(run["seed"] for run in group)
+            if len(set(seeds)) < len(seeds):
+                utils.note(f"a seed twice in one row: {', '.join(str(run['directory']) for run in group)}")
+            cells.append((
+                plots.in_words(run["args"], run.get("data")), name, ", ".join(map(str, seeds)),
+                f"{run['parameters_trained']:,}",
+                f"{run['epochs']}" + (f" (+ {math.ceil(run['window'][1])})" if run["window"] else ""),
+                mean(group, "test_accuracy_last"), mean(group, "test_accuracy_best"),
+                ", ".join(str(run["best_epoch"] or "-") for run in group), *compared(group),
+                mean(group, "train_accuracy_last"),
+                seconds(group) + "*" * (kind in marked or bool(run["sampling_seconds"] and {"SGD", "Adam"} & marked))))
+    kept = [i for i, column in enumerate(zip(*cells[1:], strict=True)) if set(column) != {"-"}]
+    notes = [text for mark, text in NOTES.items() if any(mark in row[-1] for row in cells[1:])]
+    return [[row[i] for i in kept] for row in cells], notes
+
+
 def table(runs):
-    """A Markdown table, one row per setting; the first column names data set, network, label noise and seeds."""
-    rows = [
-        "| run | method | parameters trained | epochs | test accuracy, last (%) | best (%) | at epoch "
-        "| target, last (%) | difference | training accuracy, last (%) | seconds: train + eval + basis |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    windows = {sampled(run) for run in runs if run["method"] != "sgd"}
-    for group in grouped(runs):
-        run = group[0]
-        noise = f", {100 * run['corrupt']:g}% label noise" if run["corrupt"] else ""
-        seeds = sorted(run["seed"] for run in group)
-        if len(set(seeds)) < len(seeds):
-            utils.note(f"a seed twice in one row: {', '.join(str(run['directory']) for run in group)}")
-        seeds = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
-        best_epochs = ", ".join(str(run["best_epoch"] or "-") for run in group)
-        seconds = [statistics.fmean(run["seconds"][stage] for run in group) for stage in ("train", "eval", "basis")]
-        name = label(run) + (sampled(run) if len(windows) > 1 else "")
-        target, difference = compared(group)
-        rows.append(
-            f"| {run['dataset']}, {run['arch']}{noise}{part(run)}, {seeds} | {name} | {run['parameters_trained']:,} "
-            f"| {run['epochs']} | {mean(group, 'test_accuracy_last')} | {mean(group, 'test_accuracy_best')} "
-            f"| {best_epochs} | {target} | {difference} | {mean(group, 'train_accuracy_last')} "
-            f"| {' + '.join(f'{s:.1f}' for s in seconds)} |"
-        )
-    return "\n".join(rows) + "\n"
+    """The table as Markdown."""
+    (header, *body), notes = rows(runs)
+    lines = [header, ["---" if name in HEADER[:3] else "--:" for name in header], *body]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *notes]).replace("*", "\\*") + "\n"
+
+
+def console(runs, width=100):
+    """The table for a terminal of `width` columns: without the least telling, data set and network above their rows."""
+    cells, notes = rows(runs)
+    shown = [i for i, name in enumerate(cells[0]) if name not in ("run", "best epoch", "training accuracy, last (%)")]
+    widths = [max(map(len, [*cells[0][i].split(), *(row[i] for row in cells[1:])])) for i in shown]
+    while sum(widths) + 2 * len(widths) - 2 > width:
+        widths[widths.index(max(widths))] -= 1
+    lines, above = [], cells[0][0]
+    for row in cells:
+        lines += [] if row[0] == above else ["", *textwrap.wrap(row[0], width)]
+        above = row[0]
+        for parts in zip_longest(*(textwrap.wrap(row[i], w) for i, w in zip(shown, widths, strict=True)), fillvalue=""):
+            lines.append("  ".join([parts[0].ljust(widths[0]), *map(str.rjust, parts[1:], widths[1:])]).rstrip())
+    return "\n".join([*lines, "", *(textwrap.fill(note, width) for note in notes)]) + "\n"
 
 
 COLUMNS = ("method", "dataset", "arch", "seed", "corrupt", "parameters", "parameters_trained", "snapshots", "epochs",
@@ -211,237 +323,65 @@ def comma_separated(runs):
     return text.getvalue()
 
 
-# --------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------------------------- figures
 
 
-def panels(columns, title):
-    """A figure of README's width with `columns` axes side by side."""
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(9, 3.8), layout="constrained")
-    fig.suptitle(title, fontsize=10)
-    axes = fig.subplots(1, columns, squeeze=False)[0]
-    for ax in axes:
-        ax.grid(alpha=0.3)
-    return fig, axes
-
-
-def shades(colour, count):
-    """`count` tints of a colour, from light to itself."""
-    rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    return [tuple(1 - (1 - c) * (0.35 + 0.65 * (i + 1) / count) for c in rgb) for i in range(count)]
-
-
-def styles(runs):
-    """Groups of runs that share a line, each with its style: colour by method, tint by k, dashes by label noise.
-
-    Where label noise varies only the largest k of each method is shown: more lines could not be told apart.
-    """
-    noises, colour, others = sorted({run["corrupt"] for run in runs}), {}, list(OTHERS)
-    dims = {name: sorted({run["n_components"] or 0 for run in runs if label(run) == name}) for name in map(label, runs)}
-    lines = []
-    for group in grouped(runs):
-        run, name = group[0], label(group[0])
-        k = dims[name] if len(noises) == 1 else dims[name][-1:]
-        if (run["n_components"] or 0) not in k:
-            continue
-        if name not in colour:
-            own = STYLES[run["method"]][1]
-            colour[name] = others.pop(0) if own in colour.values() and others else own
-        noise = f", {100 * run['corrupt']:g}% label noise" if len(noises) > 1 else ""
-        dimension = f", k = {run['n_components']}" if run["n_components"] else ""
-        several = len({sampled(run) for run in runs if run["method"] != "sgd"}) > 1
-        lines.append((group, {
-            "color": shades(colour[name], len(k))[k.index(run["n_components"] or 0)],
-            "linestyle": LINES[noises.index(run["corrupt"]) % len(LINES)],
-            "label": f"{name}{dimension}{noise}{sampled(run) if several else ''}",
-        }))
-    return lines
-
-
-def curve(ax, group, x, y, **style):
-    """The seeds' mean of y against the mean of x, over epochs, and between their least and largest a band."""
-    xs, ys = ([[sum(point) / len(group) for point in zip(*map(of, group), strict=True)] for of in (x, y)])
-    ax.plot(xs, ys, marker=".", markersize=3, linewidth=1.2, **style)
-    if len(group) > 1:
-        every = list(zip(*map(y, group), strict=True))
-        ax.fill_between(xs, list(map(min, every)), list(map(max, every)), color=style["color"], alpha=0.15, linewidth=0)
-
-
-def logged(key):
-    return lambda run: [line[key] for line in run["log"]]
-
-
-def elapsed(run):
-    return [run["seconds"]["basis"] + s for s in accumulate(logged("seconds")(run))]
-
-
-def accuracy(runs, title):
-    """Test accuracy against epoch and against seconds: the mean over seeds, and their range as a band."""
-    from matplotlib.ticker import MaxNLocator
-
-    fig, (by_epoch, by_time) = panels(2, title)
-    for group, style in styles(runs):
-        curve(by_epoch, group, logged("epoch"), logged("test_accuracy"), **style)
-        curve(by_time, group, elapsed, logged("test_accuracy"), **style)
-    by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
-    by_epoch.set(xlabel="epoch", ylabel="test accuracy (%)")
-    by_time.set(xlabel="seconds of training, basis included", ylabel="test accuracy (%)")
-    fig.legend(*by_time.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    return fig
-
-
-def variance(runs, title):
-    """Explained variance per component and in sum, one line per basis; None without a subspace."""
-    runs = [run for run in runs if run["explained_variance"]]
-    if not runs:
-        return None
-    fig, (each, total) = panels(2, title)
-    noises, colour, shown = sorted({run["corrupt"] for run in runs}), {}, set()
-    for run in sorted(runs, key=lambda run: -run["n_components"]):  # of one window the largest basis holds the others
+def bases(runs):
+    """Lines of the runs of one basis and window, a run for each seed: the largest k, whose directions are all's."""
+    found = {}
+    for run in sorted((run for run in runs if run["explained_variance"]), key=lambda run: -run["n_components"]):
         basis = run["args"].get("basis", "pca")
-        text = f"{BASES[basis]}, {run['snapshots']} snapshots"
-        text += f", {100 * run['corrupt']:g}% label noise" if len(noises) > 1 else ""
-        if (text, run["seed"]) in shown:
-            continue
-        entry = None if text in colour else text  # another seed needs no entry in the legend
-        shown.add((text, run["seed"]))
-        shares = run["explained_variance"]["per_component"]
-        numbers = range(1, len(shares) + 1)
-        style = {"marker": ".", "markersize": 4, "linewidth": 1, "label": entry,
-                 "color": colour.setdefault(text, OTHERS[len(colour) % len(OTHERS)])}
-        each.semilogy(numbers, [100 * share for share in shares], **style)
-        total.plot(numbers, [100 * sum(shares[:i]) for i in numbers], **style)
-    each.set(xlabel="component", ylabel="variance explained by each (%)")
-    total.set(xlabel="number of components", ylabel="variance explained by all (%)")
-    total.legend(frameon=False, fontsize=8, loc="center right")
-    return fig
+        seeds = found.setdefault((BASES.get(basis, basis), snapshots(run), json.dumps(run.get("sampling"))), {})
+        if run["n_components"] == next(iter(seeds.values()), run)["n_components"]:
+            seeds.setdefault(run["seed"], run)
+    several = len({key[1:] for key in found}) > 1
+    return [plots.Line(f"{basis}, {used}" if several else basis, None, list(seeds.values()))
+            for (basis, used, _), seeds in found.items()]
 
 
-def against(ax, runs, key, value, **style):
-    """Mean and standard deviation over seeds of run[value] against run[key]."""
-    points = sorted({run[key] for run in runs})
-    values = [[run[value] for run in runs if run[key] == point] for point in points]
-    spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
-    ax.errorbar(points, [statistics.fmean(v) for v in values], spread, marker="o", markersize=4, capsize=3, **style)
+def title(message, runs, but=""):
+    """Message and setting, without argument `but`; k and window if all subspaces have the same; what a band is."""
+    where = sorted({plots.in_words({**run["args"], but: None}, run.get("data")) for run in runs})
+    spaces = {f"subspace of {k} dimensions, {snapshots(run)}; " for run in runs if (k := run["n_components"])}
+    seeds = sorted({len({run["seed"] for run in group}) for group in grouped(runs)})
+    spread = f"mean ± one standard deviation of {' to '.join(map(str, seeds))} seeds" if seeds[-1] > 1 else "one seed"
+    return f"{message}: {' and '.join(where)}\n{spaces.pop() if len(spaces) == 1 else ''}{spread}"
 
 
-def dimensions(runs, title):
-    """Last test accuracy of P-SGD and P-BFGS against k, SGD's as a line; None for a single k."""
-    subspace = [run for run in runs if run["n_components"] and run["epochs"] and label(run) in ("P-SGD", "P-BFGS")]
-    if len({run["n_components"] for run in subspace if run["method"] == "psgd"}) < 3:
-        return None
-    fig, (ax,) = panels(1, title)
-    noises = sorted({run["corrupt"] for run in subspace})
-    for i, c in enumerate(noises):
-        text = f", {100 * c:g}% label noise" if len(noises) > 1 else ""
-        for method, line in (("psgd", "-"), ("pbfgs", "--")):
-            these = [run for run in subspace if run["method"] == method and run["corrupt"] == c]
-            if these:
-                against(ax, these, "n_components", "test_accuracy_last", linestyle=line, color=OTHERS[i % len(OTHERS)],
-                        label=f"{STYLES[method][0]}{text}")
-        sgd = [run["test_accuracy_last"] for run in runs if label(run) == "SGD" and run["corrupt"] == c]
-        if sgd:
-            ax.axhline(statistics.fmean(sgd), linestyle=":", color=OTHERS[i % len(OTHERS)],
-                       label=f"SGD, all parameters{text}")
-    ax.set_xticks(sorted({run["n_components"] for run in subspace}))
-    ax.set(xlabel="components k", ylabel="test accuracy, last epoch (%)")
-    ax.legend(frameon=False, fontsize=8)
-    return fig
-
-
-def noise(runs, title):
-    """Test accuracy against label noise: SGD's last and best, P-SGD and P-BFGS in their most components."""
-    if len({run["corrupt"] for run in runs}) < 2:
-        return None
-    fig, (ax,) = panels(1, title)
-    for method, value, text, line in (
-        ("sgd", "test_accuracy_last", "SGD, last epoch", "-"), ("sgd", "test_accuracy_best", "SGD, best epoch", ":"),
-        ("psgd", "test_accuracy_last", "P-SGD, last epoch", "-"),
-        ("pbfgs", "test_accuracy_last", "P-BFGS, last epoch", "-"),
-    ):
-        these = [run for run in runs if label(run) == STYLES[method][0] and run["epochs"]]
-        most = max((run["n_components"] or 0 for run in these), default=0)
-        these = [{**run, "noise": 100 * run["corrupt"]} for run in these if (run["n_components"] or 0) == most]
-        if these:
-            against(ax, these, "noise", value, linestyle=line, color=STYLES[method][1],
-                    label=f"{text}, k = {most}" if most else text)
-    ax.set(xlabel="label noise (%)", ylabel="test accuracy (%)")
-    ax.legend(frameon=False, fontsize=8, loc="lower left")
-    return fig
-
-
-def trials(runs, title):
-    """Trials per step of P-BFGS and how many searches take their first trial, against epoch."""
-    from matplotlib.ticker import MaxNLocator
-
-    runs = [run for run in runs if run["method"] == "pbfgs" and run["log"]]
-    if not runs:
-        return None
-    fig, (count, first) = panels(2, title)
-    for group, style in styles(runs):
-        curve(count, group, logged("epoch"), logged("trials_per_step"), **style)
-        curve(first, group, logged("epoch"), logged("first_trial_accepted"), **style)
-    for ax in (count, first):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    count.set(xlabel="epoch", ylabel="trials per step")
-    first.set(xlabel="epoch", ylabel="first trial accepted (% of steps)")
-    fig.legend(*count.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    return fig
-
-
-def plane(result):
-    """What trajectory.py measured: distances against snapshot; the loss surface with the paths over it."""
-    from matplotlib.ticker import LogLocator
-
-    args = result["args"]
-    fig, (distance, surface) = panels(2, f"{args['datasets']}, {args['arch']}{part(result)}, seed {args['randomseed']}")
-    first, last = result["snapshots"]
-    for key, text, colour in (("distance_from_start", "from the start", "#000000"),
-                              ("distance_from_subspace", "from the subspace", "#D55E00")):
-        distance.plot(range(first, last + 1), result[key], color=colour, label=text)
-    distance.axvspan(first, args["params_end"] - 1, alpha=0.1, color="#009E73", label="window of the basis")
-    distance.set(xlabel="snapshot of SGD (epoch)", ylabel="Euclidean distance of the parameters")
-    distance.legend(frameon=False, fontsize=8)
-    surface.grid(False)
-    losses = [[max(loss, 1e-6) for loss in row] for row in result["losses"]]
-    shown = surface.contourf(*result["axes"], losses, levels=20, locator=LogLocator(base=1.25), cmap="Blues_r",
-                             alpha=0.7)
-    fig.colorbar(shown, ax=surface, label="training loss", format="%.2g")
-    for method, colour, marker in (("sgd", "#000000", "o"), ("psgd", "#D55E00", "s"), ("pbfgs", "#CC79A7", "^")):
-        for i, line in enumerate(result["paths"][method]):
-            surface.plot(*zip(*line, strict=True), color=colour, marker=marker, markersize=3, linewidth=1.2,
-                         label=None if i else STYLES[method][0])
-    surface.set(xlabel="component 1", ylabel="component 2")
-    surface.legend(fontsize=8)
-    return fig
-
-
-FIGURES = (accuracy, variance, dimensions, noise, trials)
-
-
-def image(fig, kind="png"):
-    """The figure's file, the same bytes every time: without the date, and without the library's name."""
-    import matplotlib
-
-    file = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "dldr"}):
-        fig.savefig(file, dpi=150, format=kind, metadata={"Date": None} if kind == "svg" else {"Software": None})
-    return file.getbuffer()
+def untimed(runs):
+    """Why a figure has no panel of seconds, or ""."""
+    if None in [run["sampling_seconds"] for run in runs]:
+        return "not against seconds: the log of the SGD run that sampled is not among these runs"
+    if len({tuple(run["hardware"].get(key) for key in ("device", "gpu", "cpu", "threads")) for run in runs}) > 1:
+        return "not against seconds: the runs were made on different hardware"
+    texts = [f"{least:,.0f} to {most:,.0f} s ({name})" for name, (least, most) in uneven(runs).items()]
+    return f"not against seconds, which are no measure: epochs took {', '.join(texts)}" if texts else ""
 
 
 def draw(runs, directory, kind, trajectories=()):
     """Write the figures that the runs have data for; returns their paths."""
-    title = "; ".join(sorted({f"{run['dataset']}, {run['arch']}{part(run)}" for run in runs}))
-    figures = {figure.__name__: figure(runs, title) for figure in FIGURES}
-    figures |= {f"trajectory_{path.parent.name}": plane(load_json(path)) for path in trajectories}
-    return [write_atomically(directory / f"{name}.{kind}", image(fig, kind)) for name, fig in figures.items() if fig]
+    made, runs = {}, [run for run in runs if run["log"]]
+    for suffix, those in settings(runs, "corrupt"):
+        lines, by_k = named(those), named(those, "n_components")
+        made["accuracy" + suffix] = plots.accuracy(lines, title("Test accuracy", those), untimed(those))
+        if spaces := bases(those):
+            made["variance" + suffix] = plots.variance(spaces, title("Variance of the snapshots", those))
+        if any(len({run["n_components"] for run in line.runs}) > 2 for line in by_k):
+            made["dimensions" + suffix] = plots.dimensions(by_k, title("Test accuracy by dimension", those))
+        if searches := [line for line in lines if line.method == "P-BFGS"]:
+            theirs = [run for line in searches for run in line.runs]
+            made["trials" + suffix] = plots.trials(searches, title("Line search of P-BFGS", theirs))
+    for suffix, those in settings(runs):
+        if len({run["corrupt"] for run in those}) > 1:
+            made["noise" + suffix] = plots.noise(named(those, "corrupt"), title("Label noise", those, "corrupt"))
+    made |= {f"trajectory_{path.parent.name}": plots.plane(load_json(path)) for path in trajectories}
+    return [write_atomically(directory / f"{name}.{kind}", plots.image(fig, kind)) for name, fig in made.items()]
 
 
 def main(args):
     runs = find_runs(args.directories)
     text = table(runs)
-    print(text, end="")
+    print(console(runs), end="")
     for line in unfinished(args.directories):
         print(line)
     if args.table:

@@ -67,7 +67,7 @@ def are_views(parameters: list[nn.Parameter], w: Tensor) -> bool:
 # --------------------------------------------------------------------------------------------- snapshots to a basis
 
 
-def differences(window: Tensor, chunk_bytes: int | None = None) -> Iterator[Tensor]:
+def blocks_of_differences(window: Tensor, chunk_bytes: int | None = None) -> Iterator[Tensor]:
     """The rows of `window` (n, D) minus its first row, in float64, in chunks of columns (n, c).
 
     Chunks are 8 MiB on a CPU, whose cache holds them; 256 MiB on a GPU, for few launches. A window that does not fit
@@ -97,7 +97,7 @@ def pca_basis(window: Tensor, k: int, *, group=None, chunk_bytes: int | None = N
     if not 1 <= k <= n - 1:
         raise ValueError(f"{n} snapshots have 1 to {n - 1} principal components, not {k}")
     gram = torch.zeros(n, n, dtype=torch.float64, device=window.device)
-    for X in differences(window, chunk_bytes):
+    for X in blocks_of_differences(window, chunk_bytes):
         gram += X @ X.T
     if group:
         group.all_reduce(gram)
@@ -114,7 +114,7 @@ def pca_basis(window: Tensor, k: int, *, group=None, chunk_bytes: int | None = N
         group.broadcast(coefficients)
     coefficients = coefficients.to(window.device)
     P, first = torch.empty(k, D, dtype=getattr(window, "dtype", torch.float32), device=window.device), 0
-    for X in differences(window, chunk_bytes):
+    for X in blocks_of_differences(window, chunk_bytes):
         P[:, first : first + X.shape[1]] = coefficients @ X
         first += X.shape[1]
     return P, (variance[:k] / variance.sum()).tolist()

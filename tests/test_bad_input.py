@@ -14,8 +14,8 @@ import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
-from dldr.checkpoint import save_tensors
 from dldr.errors import UserError
+from dldr.files import save_tensors
 from dldr.snapshots import read_snapshot
 
 WINDOW = ["--params_end", "6", "--n_components", "4"]
@@ -116,7 +116,7 @@ def test_snapshots_of_another_network_show_both_shapes(sampled, tmp_path):
             read_snapshot(tmp_path / "0.pt", here)
     state = torch.load(directory / "2.pt", weights_only=True)
     torch.save({**state, "linear.weight": torch.zeros(100, 32), "linear.bias": torch.zeros(100)}, directory / "2.pt")
-    with pytest.raises(UserError, match=r"2\.pt .* classes: linear.weight is \(100, 32\), the network's \(10, 32\)"):
+    with pytest.raises(UserError, match=r"2\.pt .* linear.weight is \(100, 32\), in the network \(10, 32\) .*classes"):
         train_psgd.main(train_psgd.parse_args(digits_args(directory, *WINDOW)))
 
 
@@ -133,7 +133,7 @@ def test_a_window_without_variance_is_refused(sampled, tmp_path):
 def test_unwritable_directory(sampled, tmp_path, script, flag):
     (tmp_path / "file").write_text("in the way")
     argv = digits_args(sampled, *(WINDOW if script is train_psgd else []), flag, str(tmp_path / "file" / "run"))
-    with pytest.raises(UserError, match=f"{flag} .*file/run cannot be made: Not a directory"):
+    with pytest.raises(UserError, match=f"{flag} .*file/run cannot be written to: Not a directory"):
         script.main(script.parse_args(argv))
     assert (tmp_path / "file").read_text() == "in the way"
 

@@ -15,8 +15,8 @@ import torch
 from conftest import ROOT, digits_args, network
 from processes import context, finish, run, start
 
-from dldr.checkpoint import load_file
 from dldr.errors import UserError
+from dldr.files import load_file
 
 WINDOW = ["--params_end", "6", "--n_components", "4"]
 METHODS = {"sgd": ["--epochs", "3"], "psgd": [*WINDOW, "--epochs", "3"],
@@ -172,7 +172,7 @@ def test_signals_save_a_checkpoint_and_say_how_to_go_on(sampled, tmp_path, metho
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     for line in process.stdout:
-        if line.startswith("epoch    3/"):
+        if line.startswith("      3/9 "):
             process.send_signal(number)
             break
     _, errors = process.communicate()

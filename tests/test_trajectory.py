@@ -7,7 +7,7 @@ import torch
 from conftest import digits_args, network
 from small_networks import small
 
-import report
+import plots
 import train_psgd
 import trajectory
 from dldr.errors import UserError
@@ -28,7 +28,7 @@ def test_distances_accuracies_and_picture(sampled, tmp_path, monkeypatch, capsys
                                            str(tmp_path), "--json", str(path), "--figure", str(figure)]))
     result = json.loads(path.read_text())
     assert result["snapshots"] == [0, 5] and figure.read_bytes().startswith(b"\x89PNG")
-    assert report.image(report.plane(result)) == figure.read_bytes()  # report.py draws it again, to the byte
+    assert plots.image(plots.plane(result)) == figure.read_bytes()  # report.py draws it again, to the byte
     assert len(result["losses"]) == 3 and len(result["paths"]["sgd"][0]) == 6 and len(result["paths"]["psgd"][0]) == 3
     assert "snapshot 5 is " in capsys.readouterr().out
 
