@@ -29,8 +29,8 @@ import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
-from dldr.checkpoint import load_json
 from dldr.errors import UserError
+from dldr.files import load_json
 from dldr.snapshots import load_window
 
 COMMAND_LINES, SNAPSHOTS, ARRAYS, FOLDERS, ENVIRONMENTS = 200, 200, 100, 60, 100
