@@ -80,17 +80,20 @@ def whole(sampled, tmp_path_factory):
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(sampled, tmp_path, whole, method, kills):
     seconds, expected = whole[method]
     moments = random.Random(f"{method}{kills}")
-    killed = 0
-    for i in range(kills):
-        flags = argv(method, sampled, tmp_path / str(i))
+    tried = killed = 0
+    while killed < kills:
+        flags = argv(method, sampled, tmp_path / str(tried))
         process = start(run, method, flags)
         time.sleep(moments.uniform(0, 1) * seconds)
         process.kill()
         process.join()
-        killed += process.exitcode == -signal.SIGKILL
+        if process.exitcode == -signal.SIGKILL:
+            killed += 1
+        else:  # had ended: the machine is faster now
+            seconds *= 0.8
         finish(run, method, [*flags, "--resume", "auto"])
-        assert_equal(result(method, tmp_path / str(i)), expected)
-    assert killed >= kills // 2  # the moments were within the run
+        assert_equal(result(method, tmp_path / str(tried)), expected)
+        tried += 1
 
 
 @pytest.mark.parametrize(("method", "n"), [(method, n) for method, writes in KILLED_WRITES.items() for n in writes])
@@ -166,13 +169,13 @@ def test_networks_that_draw_in_the_forward_pass_resume_to_the_same_bits(tmp_path
 @pytest.mark.parametrize(("method", "number"), [("sgd", signal.SIGTERM), ("pbfgs", signal.SIGINT)])
 def test_signals_save_a_checkpoint_and_say_how_to_go_on(sampled, tmp_path, method, number):
     """A real script, told to stop after one of its lines; then told to go on, it ends where an untouched run does."""
-    longer = ["--epochs", "9", "--save-every", "100"]
+    longer = ["--epochs", "60", "--save-every", "100"]
     flags = argv(method, sampled, tmp_path / "cut", *longer)
     process = subprocess.Popen([sys.executable, "-u", f"train_{method}.py", *flags], cwd=ROOT, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     for line in process.stdout:
-        if line.startswith("      3/9 "):
+        if line.startswith("     3/60 "):
             process.send_signal(number)
             break
     _, errors = process.communicate()
