@@ -7,16 +7,6 @@ import shlex
 
 import matplotlib
 import pytest
-import test_bad_input
-import test_distributed
-import test_folders
-import test_fuzz
-import test_fuzz_pairs
-import test_report
-import test_resume
-import test_run_sh
-import test_scripts
-import test_stages
 from conftest import ROOT
 from matplotlib.image import imread
 from test_zoo import on_meta
@@ -100,65 +90,52 @@ def test_the_headline_is_that_of_the_runs():
     assert len(small) == 3 and all(f"| {last} | {best} |" in table for _, last, best in small)
 
 
-# what stands behind each line of testing.md: numbers of random cases, and tests, whose parameters count
-FAULTS = [
-    [*test_resume.KILLS.values()],
-    [test_resume.test_killed_inside_a_save_a_run_goes_on_to_the_same_bits],
-    [test_resume.test_networks_that_draw_in_the_forward_pass_resume_to_the_same_bits],
-    [test_resume.test_signals_save_a_checkpoint_and_say_how_to_go_on,
-     test_run_sh.test_a_signal_reaches_the_script_once_and_its_last_words_are_kept],
-    [test_resume.test_a_full_disk_names_file_and_bytes_and_keeps_what_was_saved,
-     test_resume.test_a_read_only_disk_is_one_line, test_resume.test_a_signal_while_a_slow_disk_writes_waits_for_it,
-     test_bad_input.test_a_write_that_fails_names_the_path_and_leaves_the_old_file],
-    [test_fuzz.COMMAND_LINES], [test_fuzz.FOLDERS], [test_fuzz.ENVIRONMENTS], [test_fuzz.SNAPSHOTS, 50],
-    [test_fuzz.ARRAYS],
-    [test_fuzz_pairs.STAGES],
-    [test_fuzz_pairs.DIRECTORIES, test_stages.test_a_finished_run_is_not_replaced_by_a_checkpoint_from_elsewhere],
-    [test_stages.test_snapshots_of_another_run_in_the_window_are_refused,
-     test_stages.test_starting_over_removes_what_the_script_has_written_and_no_more,
-     test_stages.test_snapshots_left_behind_by_a_killed_run_are_not_of_the_resumed_one,
-     test_scripts.test_resume_refuses_another_window],
-    [test_folders.test_a_part_is_a_fixed_draw_over_all_classes,
-     test_folders.test_noise_is_spread_over_all_classes_by_the_seed,
-     test_folders.test_a_part_without_some_classes_says_so],
-    [test_folders.test_16_bit_png_looks_as_with_8_bits, test_folders.test_other_depths_are_refused_by_name,
-     test_folders.test_npz_of_images_scaled_to_one_is_refused,
-     test_folders.test_hidden_files_and_folders_are_no_images_and_no_classes,
-     test_folders.test_class_folders_that_differ_are_named],
-    [test_folders.test_an_image_that_cannot_be_read_is_named, test_folders.test_a_killed_worker_ends_the_run,
-     test_folders.test_an_error_elsewhere_ends_the_run_and_its_workers,
-     test_folders.test_a_small_shared_memory_is_named, test_folders.test_a_low_limit_on_open_files_is_named,
-     test_folders.test_a_limit_met_on_the_way_is_named, test_folders.test_the_other_rank_ends_too],
-    [test_report.test_a_run_counts_once_and_different_experiments_are_different_rows,
-     test_report.test_targets_are_compared_with_the_very_setting_only],
-    [test_stages.test_state_dicts_as_people_save_them, test_stages.test_a_pickled_model_is_refused_by_its_name,
-     test_distributed.test_pretrained_file_is_where_training_starts],
-    [test_stages.test_a_file_system_without_locks_is_warned_of,
-     test_stages.test_directories_that_cannot_be_flushed_are_passed_over],
-    [test_bad_input.test_a_loss_that_is_not_finite_stops_before_the_step,
-     test_bad_input.test_a_line_search_without_a_finite_trial_is_one_line_too],
-    [test_bad_input.test_hostile_snapshots_run_no_code,
-     test_bad_input.test_hostile_checkpoint_is_refused, 1],  # to resume, and to evaluate
-    [test_resume.test_a_second_run_in_a_directory_is_refused_while_the_first_lives],
-    [test_distributed.test_a_dead_or_silent_process_ends_the_others,
-     test_distributed.test_a_signal_to_one_process_stops_all_and_leaves_a_checkpoint,
-     test_distributed.test_a_process_to_which_no_others_come_ends_in_time],
-]
+FAULTS = """
+resume.KILLS
+resume.test_killed_inside
+resume.test_networks_that_draw
+resume.test_signals run_sh.test_a_signal
+resume.test_a_full resume.test_a_read_only resume.test_a_signal bad_input.test_a_write_that_fails
+fuzz.COMMAND_LINES
+fuzz.FOLDERS
+fuzz.ENVIRONMENTS
+fuzz.SNAPSHOTS 50
+fuzz.ARRAYS
+fuzz_pairs.STAGES
+fuzz_pairs.DIRECTORIES stages.test_a_finished_run
+stages.test_snapshots_of_another stages.test_starting_over stages.test_snapshots_left scripts.test_resume_refuses
+folders.test_a_part folders.test_noise
+folders.test_16 folders.test_other_depths folders.test_npz folders.test_hidden folders.test_class
+folders.test_an folders.test_a_killed folders.test_a_small folders.test_a_low folders.test_a_limit folders.test_the
+report.test_a_run_counts report.test_targets
+stages.test_state_dicts stages.test_a_pickled distributed.test_pretrained
+stages.test_a_file_system stages.test_directories
+bad_input.test_a_loss bad_input.test_a_line_search
+bad_input.test_hostile 1
+resume.test_a_second_run
+distributed.test_a_dead distributed.test_a_signal distributed.test_a_process
+"""  # behind each line of testing.md: what starts so in the tests; a test counts with its parameters
 
 
-def times(test):
-    """How often pytest runs a test, without what is slow or needs a GPU."""
-    return math.prod(sum(not getattr(values, "marks", ()) for values in mark.args[1])
-                     for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize")
+def cases(name):
+    """How often pytest runs the tests whose names start so, without what is slow or needs a GPU; or a number."""
+    if name.isdecimal():
+        return int(name)
+    module, start = name.split(".")
+    found = {key: value for key, value in vars(importlib.import_module(f"test_{module}")).items()
+             if key.startswith(start)}
+    assert found, name
+    return sum(value if isinstance(value, int) else sum(value.values()) if isinstance(value, dict) else
+               math.prod(sum(not getattr(values, "marks", ()) for values in mark.args[1])
+                         for mark in getattr(value, "pytestmark", []) if mark.name == "parametrize")
+               for value in found.values())
 
 
 def test_counts_of_faults_are_those_of_the_tests():
     rows = re.findall(r"^\| .* \| (.*) \| (\d+) \|$", DOCS["testing.md"], re.MULTILINE)
-    assert [int(count) for _, count in rows] == [
-        sum(part if isinstance(part, int) else times(part) for part in parts) for parts in FAULTS]
-    for (files, _), parts in zip(rows, FAULTS, strict=True):
-        assert all(f"({part.__module__}.py)" in files.replace("../tests/", "") for part in parts
-                   if not isinstance(part, int))
+    for (files, count), line in zip(rows, FAULTS.strip().splitlines(), strict=True):
+        assert int(count) == sum(map(cases, line.split())), line
+        assert all(f"(../tests/test_{name.split('.')[0]}.py)" in files for name in line.split() if "." in name), line
 
 
 def test_networks_are_listed_as_they_are():
