@@ -29,7 +29,8 @@ from dldr.errors import UserError
 # method -> label and colour (Okabe and Ito's palette, safe for colour-blind readers)
 STYLES = {"sgd": ("SGD", "#000000"), "psgd": ("P-SGD", "#D55E00"), "pbfgs": ("P-BFGS", "#0072B2")}
 OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")  # of the same palette, for what shares a method
-BASES = {"pca": "principal directions", "random": "random directions", "snapshots": "span of snapshots"}
+BASES = {"pca": "principal directions", "spherical": "principal directions, snapshots divided by their norms",
+         "random": "random directions", "snapshots": "span of snapshots"}
 LINES = ("-", "--", ":", "-.")
 TARGETS = Path(__file__).parent / "results" / "targets.json"
 
@@ -54,6 +55,7 @@ def find_runs(directories):
                     summary = json.loads(path.read_text())
                     lines = path.with_name(f"{method}_log.jsonl").read_text().splitlines()
                     if (content := json.dumps(summary, sort_keys=True)) not in seen:  # else a copy of a run
+                        summary |= {key: utils.short(summary[key]) for key in ("dataset", "arch")}
                         runs.append({**summary, "directory": path.parent, "log": [json.loads(line) for line in lines]})
                     seen.add(content)
                 except (OSError, ValueError) as error:
@@ -88,18 +90,20 @@ def unfinished(directories):
 
 
 def label(run):
-    """SGD, Adam, P-BFGS or P-SGD, and in brackets a basis other than the principal directions."""
+    """SGD, Adam, P-BFGS or P-SGD, and in brackets another basis than principal directions, another start than first."""
     args, name = run["args"], STYLES[run["method"]][0]
     if args.get("optimizer") == "adam":
         return "Adam"
-    basis = args.get("basis", "pca")
-    return name if basis == "pca" else f"{name} ({basis})"
+    basis, start = args.get("basis", "pca"), args.get("start", "first")
+    extra = [utils.short(basis)] * (basis != "pca") + [f"from the {start}"] * (start != "first")
+    return f"{name} ({', '.join(extra)})" if extra else name
 
 
 def setting(run):
     """What a row is: everything that was chosen but the seed, the data, and how the snapshots were sampled."""
     same = {"randomseed", "save_dir", *utils.changeable_flags()}
-    args = {key: value for key, value in run["args"].items() if key not in same}
+    args = {"start": "first"} if run["method"] != "sgd" else {}  # what runs from before this flag mean
+    args |= {key: value for key, value in run["args"].items() if key not in same}
     data = {key: value for key, value in run.get("data", {}).items() if key != "labels"}  # noisy ones differ by seed
     return json.dumps([run["method"], run["epochs"], args, data, run.get("sampling")], sort_keys=True)
 
@@ -300,7 +304,7 @@ def variance(runs, title):
     noises, colour, shown = sorted({run["corrupt"] for run in runs}), {}, set()
     for run in sorted(runs, key=lambda run: -run["n_components"]):  # of one window the largest basis holds the others
         basis = run["args"].get("basis", "pca")
-        text = f"{BASES[basis]}, {run['snapshots']} snapshots"
+        text = f"{BASES.get(basis, utils.short(basis))}, {run['snapshots']} snapshots"
         text += f", {100 * run['corrupt']:g}% label noise" if len(noises) > 1 else ""
         if (text, run["seed"]) in shown:
             continue
@@ -395,7 +399,7 @@ def plane(result):
     from matplotlib.ticker import LogLocator
 
     args = result["args"]
-    fig, (distance, surface) = panels(2, f"{args['datasets']}, {args['arch']}{part(result)}, seed {args['randomseed']}")
+    fig, (distance, surface) = panels(2, f"{utils.short(args['datasets'])}, {utils.short(args['arch'])}{part(result)}, seed {args['randomseed']}")
     first, last = result["snapshots"]
     for key, text, colour in (("distance_from_start", "from the start", "#000000"),
                               ("distance_from_subspace", "from the subspace", "#D55E00")):

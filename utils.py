@@ -13,10 +13,10 @@ import torch
 
 import datasets
 import models
-from dldr import distributed, engine, graphs
-from dldr.checkpoint import Run, checksum, load_file, load_json, load_model
+from dldr import distributed, engine, graphs, userfile
+from dldr.checkpoint import Run, checksum, command_line, load_file, load_json, load_model
 from dldr.errors import Stopped, UserError
-from dldr.snapshots import load_window, make_basis, snapshot_paths
+from dldr.snapshots import BASES, load_basis, load_window, make_basis, save_basis, snapshot_paths
 from dldr.subspace import flat_parameters
 
 # ------------------------------------------------------------------------------------------------------------- stages
@@ -27,6 +27,7 @@ def run_stage(method, args, train):
 
     `run` is the `Run` in its directory, `model` the initial network on the device.
     """
+    add_digests(args)
     paths = [] if args.evaluate or "n_components" not in args else snapshot_paths(args.save_dir, window_indices(args))
     run = Run(method, vars(args), args.changeable, paths)
     if run.finished():
@@ -37,8 +38,7 @@ def run_stage(method, args, train):
         run.take_directory()
     with run.timer("load"):
         data = load_data(args, device)
-        model = models.get_model(args.arch, data.classes, args.datasets, getattr(args, "pretrained", None))
-        model = models.on_device(model, device, args.sync_bn)
+        model = models.on_device(make_network(args, data), device, args.sync_bn)
     return evaluate(run, args, data, model) if args.evaluate else train(run, args, data, model)
 
 
@@ -46,6 +46,23 @@ def load_data(args, device):
     """The data set of the flags."""
     return datasets.load(args.datasets, args.data, batch_size=args.batch_size, device=device, seed=args.randomseed,
                          corrupt=args.corrupt, part=args.smalldatasets, workers=getattr(args, "workers", 0))
+
+
+def make_network(args, data):
+    """The network of the flags, on the CPU, for these data."""
+    model = models.get_model(args.arch, data.classes, args.datasets, getattr(args, "pretrained", None))
+    models.check_output(model, args.arch, data.classes, data.example)
+    return model
+
+
+def add_digests(args):
+    """Add args.file_digests: what is in the files that flags name, compared on resuming and between stages."""
+    digests = {name: userfile.digest(vars(args)[name], f"--{name}") for name in ("datasets", "arch")
+               if ".py:" in vars(args)[name]}
+    if getattr(args, "basis", "pca") not in BASES:
+        digests["basis"] = checksum(args.basis)
+    if digests:
+        args.file_digests = digests
 
 
 def evaluate(run, args, data, model):
@@ -61,26 +78,32 @@ def evaluate(run, args, data, model):
 
 
 def subspace(run, args, data, model):
-    """The basis P of the window, as the optimisers take it; `model` is then the window's first snapshot."""
+    """The basis P of the flags, as the optimisers take it; `model` is then where training starts (--start)."""
     sampling = check_sampling(args, data)
     w = flat_parameters(model)
-    pca = args.basis == "pca"  # the others are for comparison, and made in memory
+    pca, k = args.basis in ("pca", "spherical"), args.n_components  # other bases are made in memory
     # sharding costs two collectives of D numbers a step, a replicated P one of k numbers: worth it for memory only
-    large = 4 * args.n_components * w.numel() >= 2**30
+    large = 4 * (k if k >= 1 else len(run.snapshots)) * w.numel() >= 2**30
     wanted = args.shard_basis == "on" or args.shard_basis == "auto" and large
     sharded = pca and wanted and distributed.world_size() > 1
+    if sharded and args.save_basis:
+        raise UserError("--save-basis writes a whole basis, and each process has a part of it: add --shard-basis off")
     try:
         with run.timer("load"):
-            window = load_window(run.snapshots, model, w.device, sharded=sharded,
+            window = load_window(run.snapshots, model, w.device, sharded=sharded, start=args.start,
                                  memory=2**30 * args.basis_memory if pca else math.inf)
             check_snapshots(run.snapshots)
         with run.timer("basis"):
-            P, explained = make_basis(window, args.n_components, args.basis, args.randomseed, sharded)
+            P = None if args.basis in BASES else load_basis(Path(args.basis), model, k, w.device)
+            P, explained = make_basis(window, k, args.basis, args.randomseed, sharded, P)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"{error} (--n_components, --params_start, --params_end, --params_step)") from error
     run.begin(data, w, snapshots=len(run.snapshots), explained=explained, sampling=sampling)
+    if args.save_basis:
+        save_basis(Path(args.save_basis), model, P, explained,
+                   {"command": command_line(), "args": vars(args), "data": data.facts})
     return distributed.distribute(P, w.numel(), sharded)
 
 
@@ -102,6 +125,11 @@ def check_snapshots(paths):
                         f"{'it' if len(foreign) == 1 else 'them'}: changed, left by another run, or copied without it")
 
 
+def short(name):
+    """A data set, network or basis as tables name it: of a file its name only."""
+    return Path(name.removeprefix("folder:").removeprefix("npz:")).name
+
+
 def note(text):
     if distributed.rank() == 0:
         print(f"note: {text}", file=sys.stderr, flush=True)
@@ -121,7 +149,12 @@ def check_sampling(args, data):
     then, now = ({**flags, "smalldatasets": flags.get("smalldatasets") or 1.0}
                  for flags in (record["args"], vars(args)))
     allowed = set(getattr(args, "allow_mismatch", ()))
-    pairs = {name: (then.get(name), now[name], f"--{name}")
+
+    def used(flags, name):  # with what is in a FILE.py
+        digest = flags.get("file_digests", {}).get(name)
+        return f"{flags.get(name)} {digest}" if digest else flags.get(name)
+
+    pairs = {name: (used(then, name), used(now, name), f"--{name}")
              for name in ("datasets", "arch", "smalldatasets", "corrupt")}
     same = all(a == b for name, (a, b, _) in pairs.items() if name != "arch")
     if "data" in record:
@@ -272,6 +305,12 @@ nonnegative = number(float, 0, math.inf, "a number of at least 0")
 waiting = number(float, 1, 10**6, "a number from 1 to 1,000,000")
 positive = number(float, 1e-6, math.inf, "a number above 0")
 fraction = number(float, 0, 1, "in [0, 1]")
+share = number(float, 1e-6, 1 - 1e-6, "a whole number from 1, or a fraction between 0 and 1")
+
+
+def components(value):
+    """An argparse type: a whole number, or a fraction below 1."""
+    return count(value) if value.lstrip("+-").isdigit() else share(value)
 
 
 def mismatches(value):
@@ -297,18 +336,27 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
                 batch_help="samples per mini-batch", subspace=True):
     """A parser with the flags that the scripts share; returns (parser, the group of training flags)."""
     parser = Parser(doc)
-    data = parser.add_argument_group("data and network").add_argument
-    data("--datasets", default="CIFAR10", metavar="NAME",
-         help="CIFAR10, CIFAR100, MNIST, FashionMNIST, digits (comes with scikit-learn) or ImageNet")
-    changeable(data("--data", type=folder, default=os.environ.get("DLDR_DATA", "data/"), metavar="DIR",
-                    help="where data sets are or are downloaded to; the environment variable DLDR_DATA sets it too"))
-    data("-a", "--arch", default="resnet32", metavar="ARCH",
-         help=f"network: {'; '.join(models.FAMILIES.values())}; a torchvision name on ImageNet (resnet18); or "
-         "FILE.py:FUNCTION, which is called with num_classes")
-    data("--corrupt", type=fraction, default=0.0, metavar="C",
-         help="share of the training labels, in [0, 1], redrawn uniformly over all classes")
-    data("--smalldatasets", type=fraction, default=None, metavar="P",
-         help="use only this share, in [0, 1], of the training samples: the first ones (default: all)")
+    if subspace:
+        window = parser.add_argument_group("subspace").add_argument
+        window("--n_components", type=components, default=40, metavar="K",
+               help="dimensions: the first K principal directions, at most snapshots - 1; or a fraction such as 0.99: "
+               "as many as explain this share of the variance")
+        window("--params_start", type=natural, default=0, metavar="I", help="first snapshot of the window")
+        window("--params_end", type=natural, default=51, metavar="I", help="one past its last snapshot")
+        window("--params_step", type=count, default=1, metavar="N", help="use every N-th snapshot of the window")
+        window("--start", choices=("first", "last", "mean"), default="first",
+               help="where training starts: the window's first or last snapshot, or the mean of its parameters, with "
+               "batch norm's statistics of the last")
+        window("--basis", default="pca", metavar="|".join([*BASES, "FILE"]),
+               help="principal directions of the snapshots, or of the snapshots divided by their norms (spherical); to "
+               "compare: K random ones, or the span of K evenly spaced snapshots; or a FILE by --save-basis")
+        changeable(window("--save-basis", metavar="FILE", help="write the basis and how it was made to this file"))
+        window("--allow-mismatch", type=mismatches, default=[], metavar="NAME,...",
+               help=f"in what the sampling run may differ from this one, of {', '.join(MISMATCHES)} (default: nothing)")
+        changeable(window("--basis-memory", type=positive, default=2.0, metavar="GIB",
+                          help="stream snapshots from disk above this many GiB per process"))
+        changeable(window("--shard-basis", choices=("auto", "on", "off"), default="auto",
+                          help="each rank holds its part of P's columns only; auto: from a P of 1 GiB"))
 
     training = parser.add_argument_group("training")
     train = training.add_argument
@@ -330,22 +378,19 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
     changeable(train("--overwrite", action="store_true",
                      help="start over: remove what this script has left in its directory"))
 
-    if subspace:
-        window = parser.add_argument_group("subspace").add_argument
-        window("--n_components", type=count, default=40, metavar="K",
-               help="dimensions: the first K principal directions, at most snapshots - 1")
-        window("--params_start", type=natural, default=0, metavar="I",
-               help="first snapshot of the window, and the one training starts from")
-        window("--params_end", type=natural, default=51, metavar="I", help="one past its last snapshot")
-        window("--params_step", type=count, default=1, metavar="N", help="use every N-th snapshot of the window")
-        window("--basis", choices=("pca", "random", "snapshots"), default="pca",
-               help="principal directions; to compare: random ones, or the span of K evenly spaced snapshots")
-        window("--allow-mismatch", type=mismatches, default=[], metavar="NAME,...",
-               help=f"in what the sampling run may differ from this one, of {', '.join(MISMATCHES)} (default: nothing)")
-        changeable(window("--basis-memory", type=positive, default=2.0, metavar="GIB",
-                          help="stream snapshots from disk above this many GiB per process"))
-        changeable(window("--shard-basis", choices=("auto", "on", "off"), default="auto",
-                          help="each rank holds its part of P's columns only; auto: from a P of 1 GiB"))
+    data = parser.add_argument_group("data and network").add_argument
+    data("--datasets", default="CIFAR10", metavar="NAME",
+         help="CIFAR10, CIFAR100, MNIST, FashionMNIST, digits (comes with scikit-learn) or ImageNet; or your own: "
+         "FILE.py:FUNCTION, folder:DIR (folder:DIR@64 for 64 x 64 pixels) or npz:FILE")
+    changeable(data("--data", type=folder, default=os.environ.get("DLDR_DATA", "data/"), metavar="DIR",
+                    help="where data sets are or are downloaded to; the environment variable DLDR_DATA sets it too"))
+    data("-a", "--arch", default="resnet32", metavar="ARCH",
+         help=f"network: {'; '.join(models.FAMILIES.values())}; a torchvision name on ImageNet (resnet18); or "
+         "FILE.py:FUNCTION, which is called with num_classes")
+    data("--corrupt", type=fraction, default=0.0, metavar="C",
+         help="share of the training labels, in [0, 1], redrawn uniformly over all classes")
+    data("--smalldatasets", type=fraction, default=None, metavar="P",
+         help="use only this share, in [0, 1], of the training samples: the first ones (default: all)")
 
     output = parser.add_argument_group("output").add_argument
     save_dir = output("--save-dir", type=folder, default="save_temp", metavar="DIR",
@@ -372,7 +417,7 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
     machine("--deterministic", action="store_true",
             help="only deterministic algorithms: bitwise repeatable on one machine, slower on CUDA")
     changeable(machine("-j", "--workers", type=natural, default=4, metavar="N",
-                       help="data loading processes, for ImageNet; other data sets are held on the device"))
+                       help="data loading processes, for image folders and Datasets; arrays are held on the device"))
     changeable(machine("--timeout", type=waiting, default=600, metavar="S",
                        help="process-group timeout (s); a signal to one rank stops all of them within 20 batches"))
     machine("--sync-bn", action="store_true",
@@ -401,8 +446,14 @@ def check_args(parser, args):
         parser.error("--smalldatasets 0 leaves no training sample")
     if "n_components" in args and not args.evaluate:
         check_window(parser, args)
-        if args.shard_basis == "on" and args.basis != "pca":
-            parser.error(f"--shard-basis on goes with --basis pca, not {args.basis}")
+        pca = args.basis in ("pca", "spherical")
+        if args.basis not in BASES and not Path(args.basis).is_file():
+            parser.error(f"--basis {args.basis}: not one of {', '.join(BASES)}, and there is no such file")
+        if args.shard_basis == "on" and not pca:
+            parser.error(f"--shard-basis on goes with --basis pca or spherical, not {args.basis}")
+        if args.n_components < 1 and not pca:
+            parser.error(f"--n_components {args.n_components}: a share of the variance goes with --basis pca or "
+                         f"spherical; for {args.basis} give their number")
     return args
 
 
@@ -411,8 +462,9 @@ def check_window(parser, args):
     if args.params_end <= args.params_start:
         parser.error(f"--params_end {args.params_end} must be larger than --params_start {args.params_start}")
     snapshots = len(window_indices(args))
-    if args.n_components > snapshots - 1:
-        parser.error(f"--n_components {args.n_components} needs at least {args.n_components + 1} snapshots; "
+    needed = max(2, args.n_components + 1) if getattr(args, "basis", "pca") in BASES else 1
+    if needed > snapshots:
+        parser.error(f"--n_components {args.n_components} needs at least {needed} snapshots; "
                      f"--params_start {args.params_start} --params_end {args.params_end} --params_step "
                      f"{args.params_step} are {snapshots}")
 

@@ -3,7 +3,6 @@ import contextlib
 import errno
 import fcntl
 import importlib.metadata
-import importlib.util
 import io
 import json
 import math
@@ -138,20 +137,6 @@ def load_json(path):
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
     return value
-
-
-def load_function(spec, flag):
-    """The function of FILE.py:FUNCTION; raises UserError, naming the flag, if there is none."""
-    file, name = spec.rsplit(":", 1)
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"{flag} {spec}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(f"_file_{path.stem}", path)  # no module of ours has this name
-    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)  # where dataclasses look
-    module_spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"{flag} {spec}: {path} has no function {name}")
-    return getattr(module, name)
 
 
 def differences(then, now):
@@ -291,7 +276,7 @@ class Run:
     def changes(self, then):
         """How the flags differ from `then`, ignoring those that may change: "lr 0.1 -> 0.2, ...", or ""."""
         # what files from before these flags mean
-        then = {"sync_bn": False, "snapshot_dtype": "float32", "allow_mismatch": [], **then}
+        then = {"sync_bn": False, "snapshot_dtype": "float32", "allow_mismatch": [], "start": "first", **then}
         return differences(then, {key: value for key, value in self.args.items() if key not in self.changeable})
 
     def take_directory(self):
