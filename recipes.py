@@ -90,8 +90,8 @@ TABLES = [  # name, setting, scales, label noise, seeds, runs
     ("dims", "CIFAR10", "tenth", "0", "1", "sgd psgd_k5 psgd_k15 psgd_k25 psgd_k40"),
     ("dims", "CIFAR10", "cpu", "0", "1 2 3", "sgd psgd_k3 psgd_k5 psgd_k10 psgd_k15 psgd_k20"),
     ("basis", "CIFAR10", "full cpu", "0", "1 2 3", "sgd psgd_k{k} psgd_random_k{k} psgd_snapshots_k{k}"),
-    ("basis", "CIFAR10", "tenth", "0", "1", "sgd psgd_k3 psgd_k40 psgd_spherical_k3 psgd_spherical_k15 psgd_spherical_k40 "
-     "psgd_random_k40 psgd_snapshots_k40"),
+    ("basis", "CIFAR10", "tenth", "0", "1", "sgd psgd_k3 psgd_k40 psgd_spherical_k3 psgd_spherical_k15 "
+     "psgd_spherical_k40 psgd_random_k40 psgd_snapshots_k40"),
     ("sampling", "CIFAR10", "full", "0", "1 2 3", "sgd psgd_end21_k15 psgd_end41_k15 psgd_end61_k15 psgd_end81_k15 "
      "psgd_end101_k15 psgd_second_k15 sgd_twice psgd_twice_end161_k15"),
     ("sampling", "CIFAR10", "cpu", "0", "1 2 3", "sgd psgd_end11_k10 psgd_end16_k10 psgd_end21_k10 psgd_second_k10 "

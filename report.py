@@ -399,7 +399,8 @@ def plane(result):
     from matplotlib.ticker import LogLocator
 
     args = result["args"]
-    fig, (distance, surface) = panels(2, f"{utils.short(args['datasets'])}, {utils.short(args['arch'])}{part(result)}, seed {args['randomseed']}")
+    names = f"{utils.short(args['datasets'])}, {utils.short(args['arch'])}"
+    fig, (distance, surface) = panels(2, f"{names}{part(result)}, seed {args['randomseed']}")
     first, last = result["snapshots"]
     for key, text, colour in (("distance_from_start", "from the start", "#000000"),
                               ("distance_from_subspace", "from the subspace", "#D55E00")):
