@@ -1,7 +1,5 @@
 """What the scripts share: flags, set-up, the subspace, and the entry point."""
 import argparse
-import contextlib
-import ctypes
 import functools
 import math
 import os
@@ -15,8 +13,9 @@ import datasets
 import models
 from dldr import distributed, engine, graphs, userfile
 from dldr.checkpoint import Run, checksum, command_line, load_file, load_json, load_model
+from dldr.device import pick_device, set_up
 from dldr.errors import Stopped, UserError
-from dldr.snapshots import BASES, load_basis, load_window, make_basis, save_basis, snapshot_paths
+from dldr.snapshots import BASES, load_window, make_basis, save_basis, snapshot_paths
 from dldr.subspace import flat_parameters
 
 # ------------------------------------------------------------------------------------------------------------- stages
@@ -94,8 +93,7 @@ def subspace(run, args, data, model):
                                  memory=2**30 * args.basis_memory if pca else math.inf)
             check_snapshots(run.snapshots)
         with run.timer("basis"):
-            P = None if args.basis in BASES else load_basis(Path(args.basis), model, k, w.device)
-            P, explained = make_basis(window, k, args.basis, args.randomseed, sharded, P)
+            P, explained = make_basis(window, k, args.basis, args.randomseed, sharded, model)
     except UserError:
         raise
     except ValueError as error:
@@ -353,10 +351,6 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
         changeable(window("--save-basis", metavar="FILE", help="write the basis and how it was made to this file"))
         window("--allow-mismatch", type=mismatches, default=[], metavar="NAME,...",
                help=f"in what the sampling run may differ from this one, of {', '.join(MISMATCHES)} (default: nothing)")
-        changeable(window("--basis-memory", type=positive, default=2.0, metavar="GIB",
-                          help="stream snapshots from disk above this many GiB per process"))
-        changeable(window("--shard-basis", choices=("auto", "on", "off"), default="auto",
-                          help="each rank holds its part of P's columns only; auto: from a P of 1 GiB"))
 
     training = parser.add_argument_group("training")
     train = training.add_argument
@@ -422,6 +416,11 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
                        help="process-group timeout (s); a signal to one rank stops all of them within 20 batches"))
     machine("--sync-bn", action="store_true",
             help="batch norm over the whole mini-batch, not each rank's part of it (GPUs only)")
+    if subspace:
+        changeable(machine("--basis-memory", type=positive, default=2.0, metavar="GIB",
+                          help="stream snapshots from disk above this many GiB per process"))
+        changeable(machine("--shard-basis", choices=("auto", "on", "off"), default="auto",
+                          help="each rank holds its part of P's columns only; auto: from a P of 1 GiB"))
     return parser, training
 
 
@@ -472,64 +471,3 @@ def check_window(parser, args):
 def window_indices(args):
     """The snapshots that --params_start, --params_end (exclusive) and --params_step name."""
     return range(args.params_start, args.params_end, args.params_step)
-
-
-# ------------------------------------------------------------------------------------------------------------ set-up
-
-
-def pick_device(name):
-    """torch.device for --device; raises UserError for one that this machine does not have."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: not one of auto, cpu, cuda, cuda:N")
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.index is not None and distributed.launched() > 1:
-        raise UserError(f"--device {name}: each process of a distributed run has a GPU of its own; use auto or cuda")
-    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-    found = torch.cuda.device_count()
-    if index >= found:
-        raise UserError(f"--device {name}: no CUDA device found; use --device cpu" if not found else
-                        f"--device {name}: no device {index}, {found} found; use --device auto or fewer processes")
-    return torch.device("cuda", index)
-
-
-def set_up(device="auto", seed=1, *, deterministic=False, conv_tf32=False, timeout=600):
-    """Seed torch for the initial weights, set TF32, cuDNN and determinism flags; returns the device.
-
-    device: "auto", "cpu", "cuda" or "cuda:N"; timeout: of the process group (s).
-    """
-    torch.set_float32_matmul_precision("highest")  # products with P: TF32 would cost 4e-4 relative error
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # NaN into every new tensor doubles the kernels
-    torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cudnn.benchmark_limit = 3  # of some 40 plans, which take 3 to 15 s
-    torch.backends.cudnn.allow_tf32 = conv_tf32
-    engine.seed_everything(seed)
-    device = pick_device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    distributed.init(device, timeout)
-    if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not captured on the default stream
-    else:
-        keep_freed_memory()
-    return device
-
-
-def keep_freed_memory():
-    """Let glibc keep the activations that a step frees for the next one, in place of returning them to the kernel.
-
-    Faulting them in again took half of a step: ResNet-20 at batch 1024 on two cores, 2.4 s, and 1.2 s without it.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose top is never given back

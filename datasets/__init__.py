@@ -73,10 +73,10 @@ def load(name, root, *, batch_size, device, seed, corrupt=0.0, part=None, worker
         from datasets import loader, own
 
         if name == "ImageNet" or name.startswith("folder:"):
-            return loader.load(name, *loader.read_folders(name, root), workers=workers, **options)
+            return loader.load(*loader.read_folders(name, root), workers=workers, **options)
         source, arrays = own.read(name)
         if source is None:
-            return loader.load(name, *arrays, workers=workers, **options)
+            return loader.load(*arrays, workers=workers, **options)
     x_train, y_train, x_test, y_test = arrays
     keep = kept_samples(len(x_train), part)
     warn_of_missing(y_train[:keep], source.classes, part)

@@ -39,7 +39,7 @@ from datasets import (
 from dldr.errors import UserError
 
 
-def load(name, train, test, classes, labels, *, batch_size, device, seed, corrupt=0.0, part=None, workers=4):
+def load(train, test, classes, labels, *, batch_size, device, seed, corrupt=0.0, part=None, workers=4):
     """Data of two map-style Datasets of (x, label); `labels` (N,) of the training set, or None if not known.
 
     They may be sorted by class, so the first ones will not do: `part` keeps the first int(part N) of a permutation of
@@ -61,25 +61,27 @@ def load(name, train, test, classes, labels, *, batch_size, device, seed, corrup
 
 def read_folders(name, root):
     """What `load` takes, of ImageNet in the folder `root` or of folder:DIR[@SIZE]; 224 x 224 unless SIZE says so."""
-    if name == "ImageNet":
-        train, test = Folder(root, "train", TRAIN, "--data"), Folder(root, "val", EVAL, "--data")
-    else:
-        directory, _, size = name.removeprefix("folder:").rpartition("@")
-        if not (directory and size.isdigit()):
-            directory, size = name.removeprefix("folder:"), 224
-        root, size = Path(directory).expanduser(), int(size)
+    where, transforms = f"--data {root}", (TRAIN, EVAL)
+    if own := name.startswith("folder:"):
+        root, _, size = name.removeprefix("folder:").rpartition("@")
+        if not (root and size.isdigit()):
+            root, size = name.removeprefix("folder:"), 224
+        where, size = f"--datasets {name}", int(size)
         if not 1 <= size <= 4096:
-            raise UserError(f"--datasets {name}: a size of 1 to 4096 pixels, not {size}")
+            raise UserError(f"{where}: a size of 1 to 4096 pixels, not {size}")
         square = v2.Compose([v2.ToImage(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
-        train, test = (Folder(root, split, square, "--datasets") for split in ("train", "val"))
-        some = np.random.default_rng(0).permutation(len(train))[:2000]  # within 0.01 of the statistics of all
-        normalise = v2.Normalize(*moments(train[i][0].permute(1, 2, 0)[None].numpy() for i in some))
-        train.transform = test.transform = v2.Compose([square, v2.ToDtype(torch.float32, scale=True), normalise])
+        transforms = square, square
+    train, test = (Folder(Path(root).expanduser(), split, transform, where)
+                   for split, transform in zip(("train", "val"), transforms, strict=True))
     only = {"train": set(train.classes) - set(test.classes), "val": set(test.classes) - set(train.classes)}
     if any(only.values()):
         differences = "; ".join(f"only in {split}/: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
                                 for split, names in only.items() if names)
-        raise UserError(f"{train.flag} {root}: train/ and val/ must have the same class folders; {differences}")
+        raise UserError(f"{where}: train/ and val/ must have the same class folders; {differences}")
+    if own:
+        some = np.random.default_rng(0).permutation(len(train))[:2000]  # within 0.01 of the statistics of all
+        normalise = v2.Normalize(*moments(train[i][0].permute(1, 2, 0)[None].numpy() for i in some))
+        train.transform = test.transform = v2.Compose([square, v2.ToDtype(torch.float32, scale=True), normalise])
     return train, test, len(train.classes), np.asarray(train.targets)
 
 
@@ -105,8 +107,8 @@ def read_image(path):
 class Folder(tv_datasets.ImageFolder):
     """ImageFolder without hidden files and folders (._name.JPEG, .ipynb_checkpoints)."""
 
-    def __init__(self, root, split, transform, flag):
-        directory, self.flag = Path(root) / split, flag
+    def __init__(self, root, split, transform, where):
+        directory, self.where = Path(root) / split, where
 
         def is_image(path):
             return is_image_file(path) and f"{os.sep}." not in path[len(str(directory)):]
@@ -114,8 +116,7 @@ class Folder(tv_datasets.ImageFolder):
         try:
             super().__init__(directory, transform, loader=read_image, is_valid_file=is_image)
         except OSError as error:
-            raise UserError(f"{flag} {root}: there must be class folders with images under {split}/ ({error})"
-                            ) from error
+            raise UserError(f"{where}: there must be class folders with images under {split}/ ({error})") from error
 
     def named(self):
         """Path below the root and label of each image."""

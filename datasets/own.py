@@ -58,7 +58,7 @@ def check_own(arrays, classes, where, augment=""):
         raise UserError(f"{where}: what should be x_train, y_train, x_test, y_test is no array: {error}") from error
     arrays = x_train, y_train, _, _ = [x[..., None] if x.dtype == np.uint8 and x.ndim == 3 else x for x in arrays]
     if classes is None:
-        check_arrays(arrays[:2], math.inf, where)
+        check_arrays(arrays, math.inf, where)
         classes = int(y_train.max()) + 1
     check_classes(classes, where)
     check_arrays(arrays, classes, where)

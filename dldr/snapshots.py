@@ -157,17 +157,19 @@ BASES = ("pca", "spherical", "random", "snapshots")
 
 
 def make_basis(window: Tensor | SnapshotFiles, k: int | float, kind: str = "pca", seed: int = 1, sharded: bool = False,
-               P: Tensor | None = None) -> tuple[Tensor, list[float]]:
+               model: nn.Module | None = None) -> tuple[Tensor, list[float]]:
     """A basis P (k, D) with orthonormal rows, and the share of the window's variance that each row explains.
 
     "pca" and "spherical": `pca_basis`. Others, for a window (n, D) in memory: "random", k random directions drawn from
     the seed, which know nothing of training; "snapshots", the span of k evenly spaced snapshots as seen from the first;
-    any other kind is `P` itself, made elsewhere. Raises ValueError if the snapshots do not span k dimensions.
+    else a file by `save_basis`, for the `model`. Raises ValueError if the snapshots do not span k dimensions.
     """
     if kind in ("pca", "spherical"):
         return pca_basis(window, k, spherical=kind == "spherical", group=distributed if sharded else None)
     n, D = window.shape
-    if P is None:
+    if kind not in BASES:
+        P = load_basis(Path(kind), model, k, window.device)
+    else:
         if kind == "random":
             rows = torch.randn(k, D, generator=torch.Generator().manual_seed(seed)).to(window.device)
         else:

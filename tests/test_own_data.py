@@ -376,7 +376,7 @@ def test_npz_that_cannot_be_used(tmp_path, change, message):
 @pytest.mark.parametrize(("name", "message"), [
     ("npz:none.npz", "--datasets npz:none.npz: there is no file none.npz"),
     ("none.py:f", "--datasets none.py:f: there is no file none.py"),
-    ("folder:none", "--datasets none: there must be class folders with images under train/"),
+    ("folder:none", "--datasets folder:none: there must be class folders with images under train/"),
     ("folder:none@0", "--datasets folder:none@0: a size of 1 to 4096 pixels, not 0"),
 ])
 def test_files_that_do_not_exist(name, message):
