@@ -388,7 +388,7 @@ def test_files_that_do_not_exist(name, message):
     ("grey", "resnet8", r"--arch resnet8 does not take a mini-batch \(2, 1, 12, 10\) torch.float32 of --datasets: "),
     ("tabular", "FILE:image_net", r"--arch \S+ does not take a mini-batch \(2, 10\) torch.float32 of --datasets: "),
     ("grey", "FILE:wide", r"--arch \S+wide: for 2 samples and 3 classes the network returned \(2, 4\) logits"),
-    ("grey", "FILE:other", r"--arch \S+other: other is called with num_classes: got an unexpected keyword"),
+    ("grey", "FILE:other", r"--arch \S+other: other is called with num_classes: missing a required"),
 ])
 def test_networks_that_do_not_fit_the_data(own, tmp_path, function, network, message):
     file = own(FILE + "\n\ndef wide(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(120, 4))\n"
