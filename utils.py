@@ -446,7 +446,7 @@ def check_args(parser, args):
     if "n_components" in args and not args.evaluate:
         check_window(parser, args)
         pca = args.basis in ("pca", "spherical")
-        if args.basis not in BASES and not Path(args.basis).is_file():
+        if args.basis not in BASES and not os.path.isfile(args.basis):
             parser.error(f"--basis {args.basis}: not one of {', '.join(BASES)}, and there is no such file")
         if args.shard_basis == "on" and not pca:
             parser.error(f"--shard-basis on goes with --basis pca or spherical, not {args.basis}")
