@@ -157,7 +157,7 @@ def check_sampling(args, data):
     same = all(a == b for name, (a, b, _) in pairs.items() if name != "arch")
     if "data" in record:
         facts, here = record["data"], data.facts
-        pairs["content"] = facts["content"], here["content"], "--data holds other data"
+        pairs["content"] = facts["content"], here["content"], "--datasets or --data holds other data"
         if same:  # else the labels differ for a reason that is said
             pairs["labels"] = facts["labels"], here["labels"], "--randomseed draws other noisy labels"
     elif args.corrupt and same:

@@ -384,7 +384,8 @@ class Run:
         if state["epoch"] > self.args["epochs"]:
             raise UserError(f"--resume {path} is past --epochs {self.args['epochs']}: it has {state['epoch']}")
         if changed := differences(state["facts"].get("data", {}), self.facts["data"]):  # --data may have moved
-            raise UserError(f"--resume {path} is of other data than --data {self.args['data']}: {changed}")
+            raise UserError(f"--resume {path} is of other data than --datasets {self.args['datasets']} --data "
+                            f"{self.args['data']}: {changed}")
         shares = [facts["explained_variance"] for facts in (state["facts"], self.facts)]
         if shares[0] and not np.allclose(*(share["per_component"] for share in shares), rtol=1e-4):
             raise UserError(f"--resume {path} was made with different snapshots than those in --save-dir")
