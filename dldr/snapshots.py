@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dldr import distributed
 from dldr.checkpoint import load_file, save_tensors, state_dict_in
 from dldr.errors import UserError
-from dldr.subspace import flat_parameters, pca_basis, trainable
+from dldr.subspace import column_chunks, flat_parameters, pca_basis, trainable
 
 
 def snapshot_paths(directory: str | Path, indices: range) -> list[Path]:
@@ -148,7 +148,7 @@ def load_window(paths: list[Path], model: nn.Module, device: torch.device | str 
     for note, path in notes.items() if distributed.rank() == 0 else ():
         print(f"note: {path} holds {note}", file=sys.stderr)
     if start == "mean":
-        mean = torch.cat([block.mean(0) for block in ([window] if loads else window.blocks())])
+        mean = torch.cat([part.mean(0, dtype=torch.float64).float() for part in column_chunks(window)])
         flat_parameters(model).copy_(distributed.all_gather(mean, D) if sharded else mean)
     return window
 
