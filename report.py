@@ -23,8 +23,8 @@ from itertools import accumulate
 from pathlib import Path
 
 import utils
-from dldr.checkpoint import load_json, write_atomically
 from dldr.errors import UserError
+from dldr.files import load_json, write_atomically
 
 # method -> label and colour (Okabe and Ito's palette, safe for colour-blind readers)
 STYLES = {"sgd": ("SGD", "#000000"), "psgd": ("P-SGD", "#D55E00"), "pbfgs": ("P-BFGS", "#0072B2")}

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 import utils
 from dldr import engine
-from dldr.checkpoint import command_line, load_json, provenance, save_json, write_atomically
+from dldr.checkpoint import command_line, provenance
 from dldr.errors import UserError
+from dldr.files import load_json, save_json, write_atomically
 from dldr.snapshots import load_window, read_snapshot, snapshot_paths
 from dldr.subspace import flat_parameters, pca_basis
 from report import image, plane

@@ -1,9 +1,11 @@
 """What the scripts share: flags, set-up, the subspace, and the entry point."""
 import argparse
 import functools
+import itertools
 import math
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,9 +14,10 @@ import torch
 import datasets
 import models
 from dldr import distributed, engine, graphs, userfile
-from dldr.checkpoint import Run, checksum, command_line, load_file, load_json, load_model
+from dldr.checkpoint import Run, command_line
 from dldr.device import pick_device, set_up
 from dldr.errors import Stopped, UserError
+from dldr.files import checksum, load_file, load_json, load_model
 from dldr.snapshots import BASES, load_window, make_basis, save_basis, snapshot_paths
 from dldr.subspace import flat_parameters
 
@@ -29,16 +32,40 @@ def run_stage(method, args, train):
     add_digests(args)
     paths = [] if args.evaluate or "n_components" not in args else snapshot_paths(args.save_dir, window_indices(args))
     run = Run(method, vars(args), args.changeable, paths)
-    if run.finished():
+    if not run.may_start():
+        print_next(run, args)
         return load_json(run.path("summary.json"))
     device = set_up(args.device, args.randomseed, deterministic=args.deterministic, conv_tf32=args.conv_tf32 == "on",
                     timeout=args.timeout)
-    if not args.evaluate:
-        run.take_directory()
     with run.timer("load"):
         data = load_data(args, device)
         model = models.on_device(make_network(args, data), device, args.sync_bn)
-    return evaluate(run, args, data, model) if args.evaluate else train(run, args, data, model)
+    if args.evaluate:
+        return evaluate_saved(run, args, data, model)
+    run.prepare_directory()  # not before: there may be no such data or network
+    summary = train(run, args, data, model)
+    print_next(run, args)
+    return summary
+
+
+def print_next(run, args):
+    """Print where the files of a run are, and the command that comes next. On rank 0."""
+    if distributed.rank():
+        return
+    print(f"files: {run.directory}/{run.method}_*")
+    if "n_components" in args:
+        print(f"next: python report.py {shlex.quote(str(run.directory))}")
+        return
+    first = args.start_epoch * args.samples_per_epoch
+    end = next(i for i in itertools.count(first) if not (run.directory / f"{i}.pt").is_file())
+    if end - first > 1:
+        print(f"snapshots: {run.directory}/{first}.pt ... {end - 1}.pt")
+        flags = {"--datasets": args.datasets, "--data": args.data, "--arch": args.arch, "--corrupt": args.corrupt,
+                 "--smalldatasets": args.smalldatasets, "--randomseed": args.randomseed, "--save-dir": args.save_dir,
+                 "--params_start": first, "--params_end": min(end, first + 81),
+                 "--n_components": min(end - first - 1, 40)}
+        words = [str(word) for flag in flags.items() if flag[1] is not None for word in flag]
+        print(f"next, or with train_pbfgs.py: python train_psgd.py {shlex.join(words)}")
 
 
 def load_data(args, device):
@@ -64,7 +91,7 @@ def add_digests(args):
         args.file_digests = digests
 
 
-def evaluate(run, args, data, model):
+def evaluate_saved(run, args, data, model):
     """--evaluate: test loss and accuracy of <method>_final.pt, or of the file of --resume; returns both."""
     name = {"": "final.pt", "auto": "checkpoint.pt"}.get(args.resume)
     path = run.path(name) if name else Path(args.resume)
@@ -98,7 +125,7 @@ def subspace(run, args, data, model):
         raise
     except ValueError as error:
         raise UserError(f"{error} (--n_components, --params_start, --params_end, --params_step)") from error
-    run.begin(data, w, snapshots=len(run.snapshots), explained=explained, sampling=sampling)
+    run.describe(data, w, snapshots=len(run.snapshots), explained=explained, sampling=sampling)
     if args.save_basis:
         save_basis(Path(args.save_basis), model, P, explained,
                    {"command": command_line(), "args": vars(args), "data": data.facts})
@@ -175,7 +202,7 @@ def make_loop(args, model, optimizer, network=None):
     # what a network of the user's draws on the host is not known
     mode = "off" if args.cuda_graphs == "auto" and ".py:" in args.arch else args.cuda_graphs
     return engine.Loop(model, optimizer, half=args.half, accumulate=args.accumulate, network=network,
-                       read_every=args.print_freq if device.type == "cuda" else 1,
+                       read_every=args.print_freq if device.type == "cuda" else 1, top5=args.datasets == "ImageNet",
                        capture=graphs.capturer(mode, model, device, args.datasets))
 
 

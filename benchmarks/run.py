@@ -30,7 +30,7 @@ import models
 import train_sgd
 import utils
 from dldr import engine, graphs
-from dldr.checkpoint import save_tensors
+from dldr.files import save_tensors
 from dldr.subspace import ProjectedBFGS, ProjectedSGD, flat_parameters, pca_basis
 
 BASIS = "basis of {snapshots} snapshots, k {n_components}: "

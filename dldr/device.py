@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from dldr import distributed, engine
+from dldr import distributed
 from dldr.errors import UserError
 
 
@@ -44,7 +44,7 @@ def set_up(device="auto", seed=1, *, deterministic=False, conv_tf32=False, timeo
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.benchmark_limit = 3  # of some 40 plans, which take 3 to 15 s
     torch.backends.cudnn.allow_tf32 = conv_tf32
-    engine.seed_everything(seed)
+    torch.manual_seed(seed)
     device = pick_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

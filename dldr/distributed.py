@@ -120,16 +120,17 @@ def broadcast(x: Tensor) -> Tensor:
 
 def reduce_scatter(x: Tensor) -> Tensor:
     """This rank's `columns` of the sum over the ranks' vectors x (D,)."""
-    D, d = len(x), part(len(x))
+    D, d = len(x), columns_per_rank(len(x))
     mine = x.new_empty(d)
-    dist.reduce_scatter_tensor(mine, padded(x, world_size() * d))
+    dist.reduce_scatter_tensor(mine, F.pad(x, (0, world_size() * d - D)))
     return mine[: len(range(D)[columns(D)])]
 
 
 def all_gather(mine: Tensor, D: int) -> Tensor:
     """The vector (D,) whose `columns` the ranks hold."""
-    whole = mine.new_empty(world_size() * part(D))
-    dist.all_gather_into_tensor(whole, padded(mine, part(D)))
+    d = columns_per_rank(D)
+    whole = mine.new_empty(world_size() * d)
+    dist.all_gather_into_tensor(whole, F.pad(mine, (0, d - len(mine))))
     return whole[:D]
 
 
@@ -139,19 +140,14 @@ def share(first: int, last: int) -> tuple[int, int]:
     return first + size * rank() // world_size(), first + size * (rank() + 1) // world_size()
 
 
-def part(D: int) -> int:
+def columns_per_rank(D: int) -> int:
     """Length of a rank's part of a vector (D,); the last ones may be shorter, or empty."""
     return -(-D // world_size())
 
 
 def columns(D: int) -> slice:
     """This rank's part of a vector (D,), or of the columns of a matrix."""
-    return slice(min(D, rank() * part(D)), min(D, (rank() + 1) * part(D)))
-
-
-def padded(x: Tensor, length: int) -> Tensor:
-    """x with zeros up to `length`; x itself if it is that long."""
-    return x if len(x) == length else F.pad(x, (0, length - len(x)))
+    return slice(min(D, rank() * columns_per_rank(D)), min(D, (rank() + 1) * columns_per_rank(D)))
 
 
 # ------------------------------------------------------------------------------------------------------- the network

@@ -3,15 +3,15 @@ import math
 import sys
 import zipfile
 from collections.abc import Iterator
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dldr import distributed
-from dldr.checkpoint import load_file, save_tensors, state_dict_in
 from dldr.errors import UserError
+from dldr.files import load_file, save_tensors, state_dict_in
 from dldr.subspace import column_chunks, flat_parameters, pca_basis, trainable
 
 
@@ -20,13 +20,9 @@ def snapshot_paths(directory: str | Path, indices: range) -> list[Path]:
     paths = [Path(directory) / f"{i}.pt" for i in indices]
     missing = [i for i, path in zip(indices, paths, strict=True) if not path.is_file()]
     if missing:
-        runs = []  # [first, last] of neighbours in the window
-        for i in missing:
-            if runs and i - runs[-1][1] == indices.step:
-                runs[-1][1] = i
-            else:
-                runs.append([i, i])
-        names = [f"{a}.pt" if a == b else f"{a}.pt ... {b}.pt" for a, b in runs[:100]]
+        neighbours = groupby(enumerate(missing), lambda pair: pair[1] - pair[0] * indices.step)
+        ranges = [[i for _, i in group] for _, group in neighbours]
+        names = [f"{r[0]}.pt" if len(r) == 1 else f"{r[0]}.pt ... {r[-1]}.pt" for r in ranges[:100]]
         raise UserError(f"{directory} lacks {len(missing)} of the {len(paths)} snapshots of the window: "
                         f"{', '.join(names)}; train_sgd.py writes them")
     return paths
@@ -54,16 +50,14 @@ def read_snapshot(path: Path, model: nn.Module, mmap: bool = False) -> tuple[dic
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"snapshot {path} is not a state dict of tensors")
     by_position = state.keys() != expected.keys()
-    if by_position and [v.shape for v in state.values()] != [v.shape for v in expected.values()]:
-        name = min(state.keys() ^ expected.keys())
+    if by_position and [v.shape for v in state.values()] == [v.shape for v in expected.values()]:
+        state = matched(state, list(expected))
+    for name in [*expected, *state]:
         there, here = (tuple(d[name].shape) if name in d else "missing" for d in (state, expected))
-        raise UserError(f"snapshot {path} is of another network: {name} is {there}, in the network {here}")
-    state = matched(state, list(expected))
+        if there != here:
+            raise UserError(f"snapshot {path} is of another network: {name} is {there}, in the network {here} (another "
+                            "--arch, or number of classes)")
     for name in expected:
-        if state[name].shape != expected[name].shape:
-            there, here = tuple(state[name].shape), tuple(expected[name].shape)
-            raise UserError(f"snapshot {path} is of another network or number of classes: {name} is {there}, the "
-                            f"network's {here}")
         if state[name].layout != torch.strided or not all(
                 is_finite(part) for part in state[name].reshape(-1).split(2**22)):  # in parts, for little memory
             raise UserError(f"snapshot {path}: {name} holds NaN or infinite values, or is no plain float32 tensor")

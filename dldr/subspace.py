@@ -79,7 +79,8 @@ def column_chunks(window: Tensor, chunk_bytes: int | None = None) -> Iterator[Te
         yield from block.split(max(1, chunk_bytes // (8 * len(block))), dim=1)
 
 
-def differences(window: Tensor, chunk_bytes: int | None = None, scale: Tensor | None = None) -> Iterator[Tensor]:
+def blocks_of_differences(window: Tensor, chunk_bytes: int | None = None,
+                          scale: Tensor | None = None) -> Iterator[Tensor]:
     """The rows of `window` (n, D), times `scale` (n,) if given, minus the first row, in float64, in column chunks."""
     for part in column_chunks(window, chunk_bytes):
         if scale is None:
@@ -114,7 +115,7 @@ def pca_basis(window: Tensor, k: int | float, *, spherical: bool = False, group=
         if not scale.isfinite().all():
             raise ValueError("a snapshot is zero everywhere: spherical PCA divides by its norm")
     gram = torch.zeros(n, n, dtype=torch.float64, device=window.device)
-    for X in differences(window, chunk_bytes, scale):
+    for X in blocks_of_differences(window, chunk_bytes, scale):
         gram += X @ X.T
     if group:
         group.all_reduce(gram)
@@ -135,7 +136,7 @@ def pca_basis(window: Tensor, k: int | float, *, spherical: bool = False, group=
         group.broadcast(coefficients)
     coefficients = coefficients.to(window.device)
     P, first = torch.empty(k, D, dtype=getattr(window, "dtype", torch.float32), device=window.device), 0
-    for X in differences(window, chunk_bytes, scale):
+    for X in blocks_of_differences(window, chunk_bytes, scale):
         P[:, first : first + X.shape[1]] = coefficients @ X
         first += X.shape[1]
     return P, shares[:k].tolist()

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from dldr import distributed, userfile
-from dldr.checkpoint import load_file, load_model
 from dldr.errors import UserError
+from dldr.files import load_file, load_model
 
 FAMILIES = {  # file: its names; imported only when one of them is asked for
     "resnet_cifar": "resnet8 resnet20 resnet32 resnet44 resnet56 resnet110 resnet1202",

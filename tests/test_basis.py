@@ -153,7 +153,7 @@ def test_read_snapshot_names_what_is_wrong(sampled, tmp_path):
     cases = {
         "holds NaN": {**state, "bn1.weight": state["bn1.weight"] * float("nan")},
         r"linear.bias is missing, in the network \(10,\)": {k: v for k, v in state.items() if k != "linear.bias"},
-        r"linear.weight is \(9, 64\), the network's \(10, 64\)": {**state, "linear.weight": torch.zeros(9, 64)},
+        r"linear.weight is \(9, 64\), in the network \(10, 64\)": {**state, "linear.weight": torch.zeros(9, 64)},
         "not a state dict": {"epoch": 3},
         "another network: 5": {**state, 5: torch.zeros(1)},
     }

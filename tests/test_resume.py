@@ -15,8 +15,8 @@ import torch
 from conftest import ROOT, digits_args
 from processes import context, finish, run, start
 
-from dldr.checkpoint import load_file
 from dldr.errors import UserError
+from dldr.files import load_file
 
 WINDOW = ["--params_end", "6", "--n_components", "4"]
 METHODS = {"sgd": ["--epochs", "3"], "psgd": [*WINDOW, "--epochs", "3"],
@@ -147,9 +147,9 @@ def directories(tmp_path_factory):
 
 TABLE = {  # state of the directory: what comes of no flag, --resume auto and --overwrite
     "empty": ("trains", "trains", "trains"),
-    "finished": ("holds a finished sgd run with these flags; keep it with --resume auto, or .* --overwrite",
+    "finished": ("holds a finished sgd run with these flags; keep it with --resume auto, .* --overwrite",
                  "already finished, nothing to do", "trains"),
-    "unfinished": ("holds an unfinished sgd run with these flags; resume it with --resume auto, or .* --overwrite",
+    "unfinished": ("holds an unfinished sgd run with these flags; resume it with --resume auto, .* --overwrite",
                    "resumes", "trains"),
     "other": (*2 * (r"holds a sgd run with other flags \(lr 0.01 -> 0.1\); .* --overwrite",), "trains"),
 }
@@ -162,7 +162,7 @@ def contents(directory):
 @pytest.mark.parametrize("state", TABLE)
 @pytest.mark.parametrize(("column", "flags"), [(0, []), (1, ["--resume", "auto"]), (2, ["--overwrite"])])
 def test_the_same_command_a_second_time(directories, tmp_path, capsys, whole, state, column, flags):
-    """The table of Run.finished. A run that trains leaves what one in an empty directory does, and nothing else."""
+    """The table of Run.may_start. A run that trains leaves what one in an empty directory does, and nothing else."""
     outcome, directory = TABLE[state][column], tmp_path / "run"
     shutil.copytree(directories[state], directory)
     before, again = contents(directory), argv("sgd", None, directory, *flags)
@@ -228,7 +228,7 @@ def test_signals_save_a_checkpoint_and_say_how_to_go_on(sampled, tmp_path, metho
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     for line in process.stdout:
-        if line.startswith("epoch    3/"):
+        if line.startswith("      3/9 "):
             process.send_signal(number)
             break
     _, errors = process.communicate()

@@ -29,7 +29,7 @@ def no_variables(monkeypatch):
 
 def parsed(table, scale="full"):
     """(script, its arguments as it parses them, its directory) of the runs of a table."""
-    made = recipes.runs(table, scale)
+    made = recipes.planned_runs(table, scale)
     return [(run.command[0], SCRIPTS[run.command[0]].parse_args(run.command[1:]), str(run.directory)) for run in made]
 
 

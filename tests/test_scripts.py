@@ -1,5 +1,7 @@
 """The three scripts end to end on real digits, through main(parse_args([...])): files, numbers, resume, evaluation."""
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,10 +11,12 @@ import torch
 from conftest import ROOT, digits_args
 
 import models
+import report
 import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
+from dldr.checkpoint import Run
 from dldr.errors import UserError
 
 SUMMARY_KEYS = """method dataset arch seed corrupt parameters parameters_trained n_components snapshots epochs
@@ -65,7 +69,7 @@ def test_subspace_scripts(sampled, tmp_path, script, method, capsys):
     assert set(lines[0]) == {"theta", *LOG_KEYS, *(SEARCH_KEYS if method == "pbfgs" else [])}
     assert len(lines[0]["theta"]) == 4 and lines[0]["theta"] != lines[-1]["theta"]
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
-    assert out.index("basis: 4 components of 6 snapshots explain") < out.index("epoch    1/3")
+    assert out.index("basis: 4 components of 6 snapshots explain") < out.index("    1/3  ")
     (line,) = [line for line in out.splitlines() if line.startswith("summary ")]
     assert f"method={method}" in line and f"test_accuracy_last={summary['test_accuracy_last']:.2f}"[:-1] in line
     assert {p.name for p in tmp_path.iterdir()} == {
@@ -82,6 +86,41 @@ def test_subspace_scripts(sampled, tmp_path, script, method, capsys):
     basis = torch.linalg.qr(torch.stack([vector(sampled / f"{i}.pt") - start for i in range(1, 6)]).T)[0]
     move = vector(tmp_path / f"{method}_final.pt") - start
     assert (move - basis @ (basis.T @ move)).norm() <= 1e-5 * start.norm() < move.norm()
+
+
+@pytest.mark.parametrize("loss", [1e-5, 2.3, 1e10, 1e38])
+def test_lines_of_an_epoch_fit_100_columns_under_one_header(tmp_path, capsys, loss):
+    args = {"save_dir": str(tmp_path), "epochs": 1000, "randomseed": 1, "save_every": 10}
+    of_passes = {"loss": loss, "accuracy": 100.0, "top5": 100.0, "samples": 50_000}
+    searches = {"trials_per_step": 20.0, "theta": [0.5]}
+    for _ in range(2):  # a resumed run has a header of its own
+        lines = Run("pbfgs", args, ())
+        for epoch in (8, 999):
+            lines.log_epoch(epoch, 1e-5, of_passes, of_passes, 12345.6, searches)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 3 and {len(line) for line in lines} == {max(map(len, lines))} and len(lines[0]) <= 100
+        cells = dict(zip(re.split("  +", lines[0].strip()), lines[1].split(), strict=True))
+        assert list(cells)[:4] == ["epoch", "lr", "train loss", "train %"] and cells["epoch"] == "9/1000"
+        assert float(cells["test loss"]) == pytest.approx(loss) and cells["trials"] == "20.00" and cells["at"] == "9"
+
+
+def test_a_stage_ends_with_where_its_files_are_and_a_next_command_that_works(sampled, tmp_path, capsys):
+    def last_lines():
+        *_, files, following = capsys.readouterr().out.splitlines()
+        text, _, command = following.partition(": ")
+        return files, text, shlex.split(command)
+
+    run(train_sgd, *digits_args(sampled, "--epochs", "5", "--lr", "0.05", "--resume", "auto"))  # is finished
+    files, text, (python, script, *flags) = last_lines()
+    assert files == f"snapshots: {sampled}/0.pt ... 5.pt" and text == "next, or with train_pbfgs.py"
+    assert (python, script) == ("python", "train_psgd.py") and train_pbfgs.parse_args(flags).n_components == 5
+    output = tmp_path / "the run"
+    run(train_psgd, *flags, "--output-dir", str(output), "--epochs", "1", "--batch-size", "64")
+    files, text, command = last_lines()
+    assert (files, text) == (f"files: {output}/psgd_*", "next")
+    assert command == ["python", "report.py", str(output)]
+    report.main(report.parse_args(command[2:]))
+    assert "P-SGD | 5 | 1 |" in capsys.readouterr().out
 
 
 def test_params_start_and_step_choose_the_window_and_the_start(sampled, tmp_path):

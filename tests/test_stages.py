@@ -17,7 +17,7 @@ import train_pbfgs
 import train_psgd
 import train_sgd
 import trajectory
-from dldr import checkpoint
+from dldr import files
 from dldr.errors import UserError
 
 WINDOW = ["--params_end", "4", "--n_components", "2", "--epochs", "1"]
@@ -137,8 +137,8 @@ def test_directories_that_cannot_be_flushed_are_passed_over(tmp_path, monkeypatc
             raise OSError(errno.EINVAL, "Invalid argument")
         real(descriptor)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", fsync)
-    assert checkpoint.save_json(tmp_path / "a.json", {"b": 1}).read_text() == '{\n "b": 1\n}\n'
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    assert files.save_json(tmp_path / "a.json", {"b": 1}).read_text() == '{\n "b": 1\n}\n'
 
 
 @pytest.mark.parametrize("environment", [
@@ -178,7 +178,7 @@ def test_state_dicts_as_people_save_them(around, prefix):
         state = {prefix + name: value for name, value in model.state_dict().items()}
         for reader in (model, nn.DataParallel(model)):
             keys = list(reader.state_dict())
-            found = checkpoint.state_dict_in(around(state), keys)
+            found = files.state_dict_in(around(state), keys)
             assert set(found) == set(keys) and all(
                 torch.equal(found[name], value) for name, value in reader.state_dict().items())
 
@@ -186,7 +186,7 @@ def test_state_dicts_as_people_save_them(around, prefix):
 def test_a_pickled_model_is_refused_by_its_name(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "model.pt")
     with pytest.raises(UserError, match="holds a pickled torch.nn.modules.linear.Linear") as error:
-        checkpoint.load_file(tmp_path / "model.pt", "state dict")
+        files.load_file(tmp_path / "model.pt", "state dict")
     assert "truncated" not in str(error.value)
 
 
@@ -208,7 +208,7 @@ def test_snapshots_left_behind_by_a_killed_run_are_not_of_the_resumed_one(tmp_pa
     sample(tmp_path, epochs=2)
     shutil.copy(tmp_path / "1.pt", tmp_path / "3.pt")
     index = tmp_path / "sgd_snapshots.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "3": checkpoint.checksum(tmp_path / "3.pt")}))
+    index.write_text(json.dumps({**json.loads(index.read_text()), "3": files.checksum(tmp_path / "3.pt")}))
     args = train_sgd.parse_args(digits_args(tmp_path, "--epochs", "2", "--lr", "0.05", "--resume", "auto", "--data",
                                             str(tmp_path)))
     train_sgd.main(args)  # nothing to train, but the run is taken up again
@@ -226,7 +226,7 @@ def test_overwrite_removes_what_the_script_writes_and_no_more(tmp_path):
 def test_a_finished_run_is_not_replaced_by_a_checkpoint_from_elsewhere(tmp_path):
     sample(tmp_path / "a", epochs=1)
     sample(tmp_path / "b", epochs=1)
-    with pytest.raises(UserError, match="finished sgd run .*would replace it"):
+    with pytest.raises(UserError, match="finished sgd run .*; keep it with --resume auto"):
         sample(tmp_path / "a", "--resume", str(tmp_path / "b" / "sgd_checkpoint.pt"), epochs=1)
     assert (tmp_path / "a" / "sgd_summary.json").is_file()
 

@@ -21,8 +21,8 @@ from torch import nn
 
 import models
 import train_psgd
-from dldr.checkpoint import save_tensors
 from dldr.errors import UserError
+from dldr.files import save_tensors
 from dldr.snapshots import read_snapshot
 from dldr.subspace import ProjectedBFGS, ProjectedSGD, flat_parameters, pca_basis
 
