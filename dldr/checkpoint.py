@@ -120,7 +120,7 @@ class Run:
     def changed_flags(self, then):
         """How the flags differ from `then`, ignoring those that may change: "lr 0.1 -> 0.2, ...", or ""."""
         # what files from before these flags mean
-        then = {"sync_bn": False, "snapshot_dtype": "float32", "allow_mismatch": [], **then}
+        then = {"sync_bn": False, "snapshot_dtype": "float32", "allow_mismatch": [], "start": "first", **then}
         return what_changed(then, {key: value for key, value in self.args.items() if key not in self.changeable})
 
     def prepare_directory(self):
@@ -216,7 +216,8 @@ class Run:
         if state["epoch"] > self.epochs:
             raise UserError(f"--resume {path} is past --epochs {self.epochs}: it has {state['epoch']}")
         if changed := what_changed(state["facts"].get("data", {}), self.facts["data"]):  # --data may have moved
-            raise UserError(f"--resume {path} is of other data than --data {self.args['data']}: {changed}")
+            raise UserError(f"--resume {path} is of other data than --datasets {self.args['datasets']} --data "
+                            f"{self.args['data']}: {changed}")
         shares = [facts["explained_variance"] for facts in (state["facts"], self.facts)]
         if shares[0] and not np.allclose(*(share["per_component"] for share in shares), rtol=1e-4):
             raise UserError(f"--resume {path} was made with different snapshots than those in --save-dir")

@@ -83,7 +83,7 @@ def test_other_data_under_the_same_name_are_refused(sampled, tmp_path, monkeypat
     with pytest.raises(UserError, match="content .*--data holds other data"):
         in_subspace(train_psgd, sampled, tmp_path / "p")
     for flags in (["--epochs", "3"], ["--epochs", "2", "--data", str(tmp_path)]):
-        with pytest.raises(UserError, match="is of other data than --data .*: content"):
+        with pytest.raises(UserError, match="is of other data than --datasets digits --data .*: content"):
             train_sgd.main(train_sgd.parse_args([*digits_args(own, "--lr", "0.05", "--resume", "auto"), *flags]))
 
 
