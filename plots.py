@@ -225,8 +225,9 @@ def plane(result):
     args, (first, last) = result["args"], result["snapshots"]
     fig = figure(f"SGD and the subspace of its snapshots: {in_words(args)}, seed {args['randomseed']}", height=4.2)
     distance, surface = panels(fig, 2, counts=False)
+    k = result.get("k", args["n_components"])
     for key, text, dashes in (("start", "from where it started", "-"),
-                              ("subspace", f"from the {result.get('k', args['n_components'])}-dimensional subspace", "--")):
+                              ("subspace", f"from the {k}-dimensional subspace", "--")):
         distance.plot(range(first, last + 1), result[f"distance_from_{key}"], dashes, color=COLOURS["SGD"], label=text)
     distance.axvspan(args["params_start"], args["params_end"] - 1, **SHADE)
     distance.set(xlabel="snapshot of SGD (shaded: the window of the basis)", ylabel="Euclidean distance of SGD")

@@ -126,8 +126,9 @@ def main(args):
     update_bn(data.train.epoch(0), model)
     accuracy["projected_own_statistics"] = engine.evaluate(model, data.test.epoch(0))["accuracy"]
 
-    result = {"snapshots": [args.params_start, last], "k": k, "explained_variance": sum(explained), "accuracy": accuracy,
-              "distance_from_start": [d for d, _ in distances], "distance_from_subspace": [d for _, d in distances],
+    result = {"snapshots": [args.params_start, last], "k": k, "explained_variance": sum(explained),
+              "accuracy": accuracy, "distance_from_start": [d for d, _ in distances],
+              "distance_from_subspace": [d for _, d in distances],
               "args": vars(args), "command": command_line(), **provenance(device)}
     far, outside = distances[-1]
     print(f"snapshot {last} is {far:.2f} from the start and {outside:.2f} from the {k} dimensions "
