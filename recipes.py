@@ -64,6 +64,7 @@ RUNS = {
     "sgd_twice": ("train_sgd.py", None, "{sgd} --samples-per-epoch 2"),
     "adam": ("train_sgd.py", None, "{sgd} --optimizer adam"),
     "psgd": ("train_psgd.py", "sgd", "{psgd} " + WINDOW),
+    "psgd_spherical": ("train_psgd.py", "sgd", "{psgd} --basis spherical " + WINDOW),
     "psgd_random": ("train_psgd.py", "sgd", "{psgd} --basis random " + WINDOW),
     "psgd_snapshots": ("train_psgd.py", "sgd", "{psgd} --basis snapshots " + WINDOW),
     "psgd_second": ("train_psgd.py", "sgd", "{psgd} --params_step 2 " + WINDOW),
@@ -89,7 +90,8 @@ TABLES = [  # name, setting, scales, label noise, seeds, runs
     ("dims", "CIFAR10", "tenth", "0", "1", "sgd psgd_k5 psgd_k15 psgd_k25 psgd_k40"),
     ("dims", "CIFAR10", "cpu", "0", "1 2 3", "sgd psgd_k3 psgd_k5 psgd_k10 psgd_k15 psgd_k20"),
     ("basis", "CIFAR10", "full cpu", "0", "1 2 3", "sgd psgd_k{k} psgd_random_k{k} psgd_snapshots_k{k}"),
-    ("basis", "CIFAR10", "tenth", "0", "1", "sgd psgd_k40 psgd_random_k40 psgd_snapshots_k40"),
+    ("basis", "CIFAR10", "tenth", "0", "1", "sgd psgd_k3 psgd_k40 psgd_spherical_k3 psgd_spherical_k15 "
+     "psgd_spherical_k40 psgd_random_k40 psgd_snapshots_k40"),
     ("sampling", "CIFAR10", "full", "0", "1 2 3", "sgd psgd_end21_k15 psgd_end41_k15 psgd_end61_k15 psgd_end81_k15 "
      "psgd_end101_k15 psgd_second_k15 sgd_twice psgd_twice_end161_k15"),
     ("sampling", "CIFAR10", "cpu", "0", "1 2 3", "sgd psgd_end11_k10 psgd_end16_k10 psgd_end21_k10 psgd_second_k10 "
@@ -107,7 +109,7 @@ ABOUT = {
     "cifar100": "the same on CIFAR-100; ResNet-32 (cpu: ResNet-8)",
     "noise": "P-SGD and P-BFGS against label noise",
     "dims": "P-SGD against the number of components",
-    "basis": "principal directions, random ones, the span of snapshots",
+    "basis": "principal directions, plain and spherical, random ones, the span of snapshots",
     "sampling": "P-SGD against the window's end and density",
     "trajectory": "how far SGD strays from the subspace; the paths over the loss surface",
     "zoo": "SGD, P-BFGS and P-SGD of eleven other networks (MODELS) on CIFAR-100",

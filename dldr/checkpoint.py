@@ -120,7 +120,8 @@ class Run:
     def check_data(self, path, then, now):
         """Raise UserError if the data are not those that the run of the file `path` was trained on."""
         if changed := what_changed(then, now):
-            raise UserError(f"{path} is of other data than --data {self.args['data']}: {changed}")
+            raise UserError(f"{path} is of other data than --datasets {self.args['datasets']} --data "
+                            f"{self.args['data']}: {changed}")
 
     def window(self):
         """A checksum of the snapshots."""
@@ -136,7 +137,7 @@ class Run:
     def changed_flags(self, then):
         """How the flags differ from `then`, ignoring those that may change: "lr 0.1 -> 0.2, ...", or ""."""
         # what files from before these flags mean
-        then = {"sync_bn": False, "snapshot_dtype": "float32", "allow_mismatch": [], **then}
+        then = {"sync_bn": False, "snapshot_dtype": "float32", "allow_mismatch": [], "start": "first", **then}
         return what_changed(then, {key: value for key, value in self.args.items() if key not in self.changeable})
 
     def prepare_directory(self):

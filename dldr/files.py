@@ -1,15 +1,12 @@
-"""Files: written whole or not at all, read without running code; tensors, state dicts, JSON, a user's function."""
+"""Files: written whole or not at all, read without running code: tensors, state dicts, JSON."""
 import contextlib
-import importlib.util
 import io
 import json
 import os
 import re
-import sys
 import warnings
 import zipfile
 import zlib
-from pathlib import Path
 
 import torch
 
@@ -138,17 +135,3 @@ def load_model(model, state, path):
         model.load_state_dict(state_dict_in(state, list(model.state_dict())))
     except (RuntimeError, AttributeError) as error:
         raise UserError(f"{path} does not fit the network of --arch and --datasets: {error}"[:400]) from error
-
-
-def load_function(spec, flag):
-    """The function of FILE.py:FUNCTION; raises UserError, naming the flag, if there is none."""
-    file, name = spec.rsplit(":", 1)
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"{flag} {spec}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(f"_file_{path.stem}", path)  # no module of ours has this name
-    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)  # where dataclasses look
-    module_spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"{flag} {spec}: {path} has no function {name}")
-    return getattr(module, name)

@@ -41,6 +41,14 @@ WINDOW = ["--params_end", "6", "--n_components", "4"]
     (train_sgd, "--overwrite --resume auto", "--overwrite starts over, --resume does not"),
     (train_sgd, "--pretrained", "--pretrained: there are no weights for --datasets CIFAR10"),
     (train_psgd, "--allow-mismatch arch,lr", "--allow-mismatch: lr not in datasets, arch"),
+    (train_psgd, "--basis nowhere.pt", "--basis nowhere.pt: not one of pca, spherical, random, snapshots, and"),
+    (train_psgd, "--n_components 0.9 --basis random", "--n_components 0.9: a share of the variance goes with --basis"),
+    (train_psgd, "--n_components 0", "--n_components: 0 is not a whole number from 1"),
+    (train_psgd, "--n_components 1.5", "--n_components: 1.5 is not a whole number from 1, or a fraction"),
+    (train_psgd, "--n_components 0.9 --params_end 1", "--n_components 0.9 needs at least 2 snapshots"),
+    (train_psgd, "--basis random --shard-basis on", "--shard-basis on goes with --basis pca or spherical, not random"),
+    (train_psgd, "--start middle", "--start: invalid choice: 'middle'"),
+    (train_sgd, "--datasets folder", "and data of your own"),
     (train_psgd, "--wd 1e-4", "--wd"),  # an official flag that did nothing there, so it is not here
 ])
 def test_wrong_usage_exits_with_status_2(script, flags, message, capsys):

@@ -42,12 +42,22 @@ def test_basis_equals_float64_svd(k, chunk_bytes):
     assert (Q @ Q.T - torch.eye(k, dtype=torch.float64)).abs().max() <= 1e-6
 
 
-def test_basis_equals_sklearn_full():
-    X = trajectory(n=41)
-    pca = PCA(n_components=20, svd_solver="full").fit(X)
-    P, explained = pca_basis(torch.tensor(X), 20)
-    assert angle(P, pca.components_) < 1e-4  # scikit-learn works in float32 here
-    np.testing.assert_allclose(explained, pca.explained_variance_ratio_, rtol=1e-3)
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("k", [20, 0.5, 0.99, 0.9999])
+def test_basis_equals_sklearn_full(k, spherical):
+    """A share of the variance as the number of components, too; spherical: of the snapshots divided by their norms."""
+    X = trajectory(n=41) * np.linspace(1, 2, 41, dtype=np.float32)[:, None]
+    reference = X.astype(np.float64)
+    pca = PCA(n_components=k, svd_solver="full").fit(
+        reference / np.linalg.norm(reference, axis=1, keepdims=True) if spherical else reference)
+    P, explained = pca_basis(torch.tensor(X), k, spherical=spherical)
+    assert len(P) == pca.n_components_ and angle(P, pca.components_) < 1e-5
+    np.testing.assert_allclose(explained, pca.explained_variance_ratio_, rtol=1e-5)
+
+
+def test_the_directions_of_a_snapshot_of_zeros_are_refused():
+    with pytest.raises(ValueError, match="a snapshot is zero everywhere: spherical PCA divides by its norm"):
+        pca_basis(torch.cat([torch.zeros(1, 50), torch.randn(4, 50)]), 2, spherical=True)
 
 
 def test_basis_of_a_real_trajectory(sampled):
@@ -79,7 +89,7 @@ def test_signs_are_fixed():
     assert (scores.gather(0, scores.abs().argmax(0, keepdim=True)) > 0).all()
 
 
-@pytest.mark.parametrize("k", [0, 5, 40])
+@pytest.mark.parametrize("k", [0, 5, 40, -0.5])
 def test_more_components_than_the_rank_is_refused(k):
     with pytest.raises(ValueError, match=f"5 snapshots have 1 to 4 principal components, not {k}"):
         pca_basis(torch.randn(5, 100), k)

@@ -94,13 +94,13 @@ def test_baseline_sees_the_same_images(script):
     """Its test images are ours; a training image is one of the 2 x 9 x 9 that ours can become."""
     baseline, source = script("baseline"), datasets.SOURCES["CIFAR10"]
     images, labels = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), np.uint8), np.arange(3)
-    (x, y), = datasets.ImageBatches(images, labels, source, 3, CPU).epoch(0)
+    (x, y), = datasets.ArrayBatches(images, labels, source, 3, CPU).epoch(0)
     (x_plain, y_plain), = baseline.loader(images, labels, 3, CPU, augment=False)
     torch.testing.assert_close(x_plain, x, rtol=0, atol=1e-6)
     assert torch.equal(y_plain, y)
 
     flip, top, left = torch.cartesian_prod(torch.arange(2), torch.arange(9), torch.arange(9)).T
-    batches = datasets.ImageBatches(images, labels, source, 3, CPU, augment=True)
+    batches = datasets.ArrayBatches(images, labels, source, 3, CPU, augment=True)
     possible = batches.pixels(torch.zeros_like(flip), flip, top, left).flatten(1)  # (162, 3 * 32 * 32)
     torch.manual_seed(1)
     drawn = torch.stack([baseline.loader(images, labels, 3, CPU, augment=True).dataset[0][0] for _ in range(40)])

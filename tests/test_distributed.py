@@ -92,24 +92,27 @@ def test_every_process_has_the_same_parameters_and_bits(sampled, tmp_path):
     assert ranks.wait() == [0] * 3, ranks.err(1)
 
 
-def check_bases(paths, P, shares):
+def check_bases(paths, P, shares, mean, spherical):
     """That the bases of the sharded window, loaded and streamed, have the span of P (4, D) and explain the same."""
     utils.set_up("cpu")
-    P = torch.from_numpy(P)  # a tensor would travel in shared memory
+    P, mean = torch.from_numpy(P), torch.from_numpy(mean)  # a tensor would travel in shared memory
     model = small(10)
     for memory in (float("inf"), 10**4):
-        window = load_window(paths, model, memory=memory, sharded=True)
-        part, explained = pca_basis(window, 4, group=distributed)
+        window = load_window(paths, model, memory=memory, sharded=True, start="mean")
+        torch.testing.assert_close(flat_parameters(model), mean, rtol=0, atol=1e-6)
+        part, explained = pca_basis(window, 4, spherical=spherical, group=distributed)
         assert part.shape == (4, len(range(P.shape[1])[distributed.columns(P.shape[1])]))
         rows = torch.stack([distributed.all_gather(row, P.shape[1]) for row in part])
         np.testing.assert_allclose(explained, shares, rtol=1e-9)
         assert angle(rows, P) <= 1e-5
 
 
-def test_sharded_and_streamed_basis_is_the_plain_one(sampled, tmp_path):
+@pytest.mark.parametrize("spherical", [False, True])
+def test_sharded_and_streamed_basis_is_the_plain_one(sampled, tmp_path, spherical):
     paths = snapshot_paths(sampled, range(6))
-    P, shares = pca_basis(load_window(paths, small(10)), 4)
-    ranks = Ranks(3, tmp_path, check_bases, paths, P.numpy(), shares)
+    window = load_window(paths, small(10))
+    P, shares = pca_basis(window, 4, spherical=spherical)
+    ranks = Ranks(3, tmp_path, check_bases, paths, P.numpy(), shares, window.mean(0).numpy(), spherical)
     assert ranks.wait() == [0] * 3, ranks.err(1)
 
 
@@ -119,16 +122,17 @@ def angle(P, Q):
     return float(torch.linalg.matrix_norm(Q - P @ (P.T @ Q), 2))
 
 
-@pytest.mark.parametrize("memory", [10**4, 4 * 10**4])
-def test_streamed_basis_is_the_one_in_memory(sampled, memory):
+@pytest.mark.parametrize(("memory", "start", "spherical"), [(10**4, "first", False), (4 * 10**4, "last", True),
+                                                             (10**4, "mean", True)])
+def test_streamed_basis_is_the_one_in_memory(sampled, memory, start, spherical):
     model = small(10)
     paths = snapshot_paths(sampled, range(6))
-    plain, shares = pca_basis(load_window(paths, model), 5)
-    start = flat_parameters(model).clone()
-    window = load_window(paths, model, memory=memory)
+    plain, shares = pca_basis(load_window(paths, model, start=start), 5, spherical=spherical)
+    w = flat_parameters(model).clone()
+    window = load_window(paths, model, memory=memory, start=start)
     assert window.shape == (6, plain.shape[1]) and max(block.numel() * 4 for block in window.blocks()) <= memory / 4
-    P, explained = pca_basis(window, 5)
-    assert angle(P, plain) <= 1e-5 and torch.equal(start, flat_parameters(model))
+    P, explained = pca_basis(window, 5, spherical=spherical)
+    assert angle(P, plain) <= 1e-5 and torch.equal(w, flat_parameters(model))
     np.testing.assert_allclose(explained, shares, rtol=1e-9)
 
 

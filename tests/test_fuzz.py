@@ -52,7 +52,7 @@ HUGE = "9" * 30
 WORDS = ["", "x", "-1", "0", "1", "nan", "inf", "1e400", "--", "-h", HUGE, "ä", "../..", "a b", "n" * 300,
          "\udcff"]  # the last: a byte that is not UTF-8
 FLAGS = {  # a flag -> the values that might follow it; None is none
-    "--datasets": ["digits", "digit", "ImageNet", "CIFAR10"],
+    "--datasets": ["digits", "digit", "ImageNet", "CIFAR10", "npz:FILE", "folder:SAMPLED@8", "nowhere.py:f"],
     "--arch": ["resnet7", "squeezenet", "vgg", "nowhere.py:f", "FILE.py:"],
     "-b": ["64", "7", "100000"], "--lr": ["0.1", "1e38", "0"], "--epochs": ["0", "1", "2"],
     "--start-epoch": ["0", "1", "5"], "--accumulate": ["1", "2", "9"], "--randomseed": ["0", "7"],
@@ -62,8 +62,10 @@ FLAGS = {  # a flag -> the values that might follow it; None is none
     "--timeout": ["5"], "--sync-bn": [None], "--overwrite": [None],
     "--save-dir": ["SAMPLED", "NEW", "FILE", "FILE/below"], "--data": ["NEW", "FILE", "BAD"],
 }
-SUBSPACE = {"--n_components": ["1", "3", "5", "6"], "--params_start": ["0", "1", "4"], "--params_end": ["6", "5", "7"],
-            "--params_step": ["1", "2"], "--output-dir": ["NEW", "FILE", "SAMPLED"],
+SUBSPACE = {"--n_components": ["1", "3", "5", "6", "0.9"], "--start": ["first", "last", "mean"],
+            "--basis": ["pca", "spherical", "random", "snapshots", "SAMPLED/0.pt", "FILE"],
+            "--save-basis": ["NEW/b.pt", "FILE/b.pt"], "--params_start": ["0", "1", "4"],
+            "--params_end": ["6", "5", "7"], "--params_step": ["1", "2"], "--output-dir": ["NEW", "FILE", "SAMPLED"],
             "--basis-memory": ["1e-5", "1"], "--shard-basis": ["auto", "on"],
             "--allow-mismatch": ["corrupt", "arch,labels"]}
 OF_SCRIPT = {

@@ -215,7 +215,7 @@ def test_a_run_in_the_directory_of_another_is_that_run_or_refused(world, tmp_pat
                 words = [f"{'keep' if done else 'resume'} it with --resume auto", "start over with --overwrite"]
             else:
                 words = ["is past --epochs 2" if now["--epochs"] < then["--epochs"] else
-                         "is of other data than --data" if "images" in differ else "made with different snapshots"]
+                         "is of other data than --datasets" if "images" in differ else "made with different snapshots"]
             assert all(word in lines[0] for word in words)
 
     check()

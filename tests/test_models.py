@@ -190,8 +190,8 @@ def test_frozen_and_unused_parameters_of_an_own_network_stay(own, tmp_path, opti
 @pytest.mark.parametrize("function, message", [
     ("net", "there is no file"), ("nothing", "own.py has no function nothing"),
     ("none", "the function returned a NoneType, not a torch.nn.Module"),
-    ("wide", r"for 2 images and 10 classes the network returned \(2, 11\) logits"),
-    ("pair", "for 2 images and 10 classes the network returned a tuple"),
+    ("wide", r"for 2 samples and 10 classes the network returned \(2, 11\) logits"),
+    ("pair", "for 2 samples and 10 classes the network returned a tuple"),
 ])
 def test_own_networks_that_cannot_be_trained(own, sampled, tmp_path, method, function, message):
     file = own.with_name("missing.py") if "no file" in message else own

@@ -114,7 +114,8 @@ def test_tenth_is_the_papers_schedule():
     assert runs.keys() == {
         *((script, c, what, "pca", seed) for c, seed in seeds for script, what in (
             ("train_sgd.py", "sgd"), ("train_psgd.py", 40), ("train_pbfgs.py", 40))),
-        ("train_sgd.py", 0, "adam", "pca", 1), *(("train_psgd.py", 0, k, "pca", 1) for k in (5, 15, 25)),
+        ("train_sgd.py", 0, "adam", "pca", 1), *(("train_psgd.py", 0, k, "pca", 1) for k in (3, 5, 15, 25)),
+        *(("train_psgd.py", 0, k, "spherical", 1) for k in (3, 15, 40)),
         *(("train_psgd.py", 0, 40, basis, 1) for basis in ("random", "snapshots"))}
     for (script, *_), args in runs.items():
         assert has(args, arch="resnet20", smalldatasets=0.1, datasets="CIFAR10")
