@@ -22,6 +22,8 @@ import statistics
 from itertools import accumulate
 from pathlib import Path
 
+import packages  # noqa: F401 - first: it says what is missing
+
 import utils
 from dldr.checkpoint import load_json, write_atomically
 from dldr.errors import UserError

@@ -15,6 +15,8 @@ import json
 from itertools import count
 from pathlib import Path
 
+import packages  # noqa: F401 - first: it says what is missing
+
 import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn

@@ -226,7 +226,7 @@ def read_cifar(classes):
             except Exception as error:  # truncated, foreign, pickled, or without one of the arrays
                 raise UserError(f"{path} cannot be read as x_train, y_train, x_test, y_test: {error}") from error
             return check_arrays(arrays, classes, path)
-        splits = download(f"CIFAR{classes}", root, f"or put {path} there (see the README, air-gapped use)")
+        splits = download(f"CIFAR{classes}", root, f"or put {path} there (docs/install.md says how)")
         return [array for split in splits for array in (split.data, np.asarray(split.targets))]
 
     return read

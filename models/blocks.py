@@ -15,7 +15,7 @@ class Residual(nn.Module):
 
 
 class ChannelShuffle(nn.Module):
-    """nn.ChannelShuffle, which has no derivative in torch 2.4: of g groups of n channels, channel i n + j becomes j g + i."""
+    """Channel j of group i becomes channel j groups + i. nn.ChannelShuffle has no derivative in torch 2.4."""
 
     def __init__(self, groups):
         super().__init__()
