@@ -456,3 +456,14 @@ def test_the_state_continues_a_run_bitwise(alpha, first):
     rest = searched(model, pbfgs, batches[first:])
     for (w, search, skipped), (w_whole, search_whole, skipped_whole) in zip(rest, uninterrupted[first:], strict=True):
         assert torch.equal(w, w_whole) and (search, skipped) == (search_whole, skipped_whole)
+
+
+def test_on_a_cpu_the_losses_of_a_search_are_those_of_float64():
+    """Channels_last batch norm, which sums in float32 there, would be off by 2e-6."""
+    torch.manual_seed(0)
+    model = models.get_model("resnet8", 10)
+    x, y = torch.randn(256, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.randint(10, (256,))
+    with torch.no_grad():
+        exact = float(F.cross_entropy(copy.deepcopy(model).double()(x.double()), y))
+    P = torch.eye(2, sum(p.numel() for p in model.parameters()))
+    assert Loop(model, ProjectedBFGS(model, P)).train_epoch([(x, y)])["loss"] == pytest.approx(exact, rel=2e-7)
