@@ -275,6 +275,8 @@ if [[ $1 == venv ]]; then mkdir -p .venv/bin && cp bin/python .venv/bin; else to
 def bare(tmp_path):
     """run(**environment) of `lint` with a python without packages -> (status, lines of stderr, lines of the log)."""
     (tmp_path / "bin").mkdir()
+    for name in "bash cp dirname grep mkdir rm tail touch uname".split():  # and no uv
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
     for name in ("run.sh", "recipes.py", "packages.py", "pyproject.toml", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, tmp_path)
     for name, text in (("python", PYTHON), ("uv.off", UV)):
@@ -283,7 +285,7 @@ def bare(tmp_path):
 
     def run(**environment):
         (tmp_path / "log").unlink(missing_ok=True)
-        env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "PYTHON": "bin/python", **environment}
+        env = {"PATH": f"{tmp_path}/bin", "PYTHON": "bin/python", **environment}
         done = subprocess.run(["./run.sh", "lint"], env=env, cwd=tmp_path, capture_output=True, text=True)
         log = [line for line in (tmp_path / "log").read_text().splitlines() if "packages.py" not in line]
         return done.returncode, done.stderr.splitlines(), log
