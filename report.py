@@ -26,6 +26,8 @@ import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
+import packages  # noqa: F401 - first: it says what is missing
+
 import plots
 import utils
 from dldr.errors import UserError
