@@ -101,9 +101,10 @@ def load_file(path, what, mmap=False):
 
 
 def checksum(path):
-    """Of a file by torch.save, from the checksums that its directory carries; "" for one of another format."""
+    """Of a file by torch.save, from the checksums that its directory carries; of the whole file in another format."""
     if not zipfile.is_zipfile(path):
-        return ""
+        with open(path, "rb") as file:
+            return f"{zlib.crc32(file.read()):08x}"
     with zipfile.ZipFile(path) as archive:
         entries = [(entry.filename, entry.CRC) for entry in archive.infolist()]
     return f"{zlib.crc32(repr(entries).encode()):08x}"
