@@ -13,12 +13,14 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import cheap
 import numpy as np
 import pytest
 import torch
 from conftest import digits_args
 from torch import nn
 
+import datasets
 import models
 import train_psgd
 from dldr.errors import UserError
@@ -170,7 +172,9 @@ def test_snapshots_of_the_release_load_by_position(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["shufflenet", "shufflenetv2", "mobilenet", "mobilenetv2", "squeezenet"])
-def test_psgd_in_snapshots_of_the_release(name, tmp_path, capsys):
+def test_psgd_in_snapshots_of_the_release(name, tmp_path, capsys, monkeypatch):
+    few = datasets.SOURCES["digits"]._replace(read=lambda root: [part[:20] for part in cheap.DIGITS()])
+    monkeypatch.setitem(datasets.SOURCES, "digits", few)
     torch.manual_seed(0)
     model = models.get_model(name, 10)
     w = flat_parameters(model)
@@ -179,7 +183,7 @@ def test_psgd_in_snapshots_of_the_release(name, tmp_path, capsys):
                                                     strict=True)))
         w += 0.01 * w.std() * torch.randn_like(w)
     argv = digits_args(tmp_path, "--arch", name, "--params_end", "3", "--n_components", "2", "--epochs", "1",
-                       "--smalldatasets", "0.01")
+                       "--smalldatasets", "1")
     summary = train_psgd.main(train_psgd.parse_args(argv))
     assert summary["snapshots"] == 3 and summary["test_accuracy_last"] is not None
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "by position" in line)
