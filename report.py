@@ -26,6 +26,8 @@ import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
+import packages  # noqa: F401 - first: it says what is missing
+
 import plots
 import utils
 from dldr.errors import UserError
@@ -188,7 +190,7 @@ def named(runs, *without):
     if "n_components" not in without:
         tell(labels, lambda run: f"k = {run['n_components']}")
     tell(labels, snapshots)
-    tell(labels, lambda run: f"{100 * (run['args'].get('smalldatasets') or 1):g}% of the images")
+    tell([None] * len(names), lambda run: f"{100 * (run['args'].get('smalldatasets') or 1):g}% of the images")
     tell(labels, lambda run: "pretrained" if run["args"].get("pretrained") else "")
     for key in ["epochs", *sorted(set().union(*(run["args"] for run in first)) - unlike(without) - {"output_dir"})]:
         tell(list(names), lambda run, key=key: f"{key} {run['args'].get(key)}".replace("_", " "))

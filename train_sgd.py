@@ -6,6 +6,8 @@ sgd_checkpoint.pt, sgd_final.pt and sgd_summary.json. train_pbfgs.py and train_p
 Example:
   python train_sgd.py --datasets CIFAR10 --arch resnet20 --epochs 150 --save-dir save_resnet20
 """
+import packages  # noqa: F401 - first: it says what is missing
+
 import torch
 
 import utils

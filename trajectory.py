@@ -17,6 +17,8 @@ import re
 from itertools import count, takewhile
 from pathlib import Path
 
+import packages  # noqa: F401 - first: it says what is missing
+
 import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn

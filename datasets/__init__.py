@@ -283,7 +283,7 @@ def read_cifar(classes):
         path = root / f"cifar{classes}.npz"
         if path.is_file():
             return check_arrays(read_npz(path, path), classes, path, (32, 32, 3))
-        splits = download(f"CIFAR{classes}", root, f"or put {path} there (see the README, air-gapped use)")
+        splits = download(f"CIFAR{classes}", root, f"or put {path} there (docs/install.md says how)")
         return [array for split in splits for array in (split.data, np.asarray(split.targets))]
 
     return read

@@ -100,10 +100,8 @@ class Run:
             raise UserError(f"{self.directory} holds a {self.method} run with other flags ({changed}); choose another "
                             f"{self.flag}, or start over with --overwrite")
         summary = load_json(self.path("summary.json"))
-        newest = max((path.stat().st_mtime for path in self.snapshots), default=0)
         finished = (summary is not None and summary.get("epochs") == self.epochs
-                    and newest <= self.path("summary.json").stat().st_mtime  # else it is of other snapshots
-                    and summary.get("window", self.window()) == self.window())
+                    and summary.get("snapshots_checksum") == self.snapshots_checksum())
         if not self.args["resume"] or finished and self.args["resume"] != "auto":
             state, keep = ("a finished", "keep") if finished else ("an unfinished", "resume")
             raise UserError(f"{self.directory} holds {state} {self.method} run with these flags; {keep} it with "
@@ -123,9 +121,10 @@ class Run:
             raise UserError(f"{path} is of other data than --datasets {self.args['datasets']} --data "
                             f"{self.args['data']}: {changed}")
 
-    def window(self):
-        """A checksum of the snapshots."""
-        return f"{zlib.crc32(repr([checksum(path) for path in self.snapshots]).encode()):08x}"
+    def snapshots_checksum(self):
+        """One checksum of all snapshots of the window; None in train_sgd.py."""
+        checksums = [checksum(path) for path in self.snapshots]
+        return f"{zlib.crc32(repr(checksums).encode()):08x}" if checksums else None
 
     def has_results(self):
         """Whether the directory holds more of a run of this method than its start."""
@@ -190,7 +189,7 @@ class Run:
             "parameters_trained": k or w.numel(),
             "n_components": k,
             "snapshots": snapshots,
-            **({"window": self.window()} if self.snapshots else {}),
+            "snapshots_checksum": self.snapshots_checksum(),
             **({"sampling": sampling} if sampling else {}),
             "explained_variance": {"total": sum(explained), "per_component": explained} if explained else None,
         }

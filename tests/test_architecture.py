@@ -12,7 +12,7 @@ from conftest import ROOT
 
 # from the bottom; a file may import from lines above its own, and a line's files not each other but where listed
 LAYERS = [
-    ["dldr.errors", "dldr.subspace"], ["dldr.distributed", "dldr.userfile"],
+    ["packages", "dldr.errors", "dldr.subspace"], ["dldr.distributed", "dldr.userfile"],
     ["dldr.device", "dldr.files", "dldr.graphs"], ["dldr.checkpoint"], ["dldr.snapshots", "dldr.engine"],
     ["datasets", "models"], ["utils"], ["plots"], ["report"],
     ["train_sgd", "train_psgd", "train_pbfgs", "trajectory"],

@@ -1,9 +1,12 @@
 """Bad input: one clear line, exit status 2 for wrong usage and 1 for the rest, nothing saved before is lost."""
 import pickle
+import re
 import resource
 import shutil
 import subprocess
 import sys
+
+import packages
 
 import pytest
 import torch
@@ -222,3 +225,52 @@ def test_exit_statuses_and_single_lines_of_real_processes(tmp_path):
     assert status == 1 and len(lines) == 1 and "summary.json" in lines[0]
     lines, status = usage
     assert status == 2 and len(lines) == 1 and "--corrupt" in lines[0]
+
+
+SCRIPTS = ("train_sgd.py", "train_psgd.py", "train_pbfgs.py", "trajectory.py", "report.py")
+
+
+@pytest.mark.parametrize("version, message", [
+    (None, "torch not installed"), ("2.3.1+cu118", "torch 2.3.1+cu118 is too old, 2.4 or later is needed")])
+def test_without_torch_or_with_an_old_one_scripts_end_in_one_line(tmp_path, version, message):
+    if version:
+        (tmp_path / "torch.py").write_text(f"__version__ = {version!r}")
+    started = [subprocess.Popen([sys.executable, "-S", script], cwd=ROOT, env={"PYTHONPATH": str(tmp_path)}, text=True,
+                                stderr=subprocess.PIPE) for script in SCRIPTS]
+    for script, process in zip(SCRIPTS, started, strict=True):
+        assert process.communicate()[1] == f"{script}: error: {message}: {sys.executable} -m pip install 'torch>=2.4'\n"
+        assert process.returncode == 1
+
+
+def test_a_package_that_is_missing_later_is_named_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "sklearn.datasets", raising=False)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        train_sgd.main(train_sgd.parse_args(digits_args(tmp_path)))
+    packages.excepthook(caught.type, caught.value, caught.tb)
+    command = f"{sys.executable} -m pip install 'scikit-learn>=1.3'"
+    assert capsys.readouterr().err == f"test: error: scikit-learn not installed: {command}\n"
+    packages.excepthook(NameError, NameError("name 'torch' is not defined", name="torch"), None)
+    assert capsys.readouterr().err == "NameError: name 'torch' is not defined\n"
+
+
+def test_what_is_wrong_with_packages_and_how_it_is_mended(monkeypatch):
+    names = ["torch", "torchvision", "numpy", "tqdm"]
+    assert packages.check(names) is None
+    monkeypatch.setattr("numpy.__version__", "1.25.2")
+    for name in ("torchvision", "tqdm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    torch_stays = f"torch=={torch.__version__.split('+')[0]}"
+    assert packages.check(names) == (
+        "torchvision, tqdm not installed; numpy 1.25.2 is too old, 1.26 or later is needed: "
+        f"{sys.executable} -m pip install 'torchvision>=0.19' 'numpy>=1.26' 'tqdm>=4.66' {torch_stays}")
+    monkeypatch.setitem(packages.OLDEST, "requires-python", "4.2")
+    assert re.fullmatch(r"Python 3\.\d+\.\d+ is too old, 4.2 or later is needed", packages.check(names))
+
+
+def test_the_oldest_stack_is_the_lower_end_of_the_ranges():
+    pins = re.findall(r"([\w-]+)==([\d.]+)", (ROOT / "tests" / "stacks.sh").read_text())
+    pins = {name: packages.release(version) for name, version in pins}
+    ranges = {name: packages.release(version) for name, version in packages.OLDEST.items()}
+    assert len(pins) == 6 and pins.items() <= ranges.items()
+    assert ranges["requires-python"] == (3, 10) and "python3.10" in (ROOT / "tests" / "stacks.sh").read_text()

@@ -24,7 +24,8 @@ DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.m
 SCRIPTS = {"train_sgd.py": train_sgd, "train_pbfgs.py": train_pbfgs, "train_psgd.py": train_psgd, "report.py": report,
            "trajectory.py": trajectory}
 OTHERS = {"--help", "--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--nodes",
-          "--ntasks-per-node", "--gpus-per-node", "--signal", "--requeue", "--no-index", "--find-links"}
+          "--ntasks-per-node", "--gpus-per-node", "--signal", "--requeue", "--no-index", "--find-links",
+          "--index-url", "--torch-backend", "--dest"}
 FLAG = r"(?<![\w-])--[a-z][\w-]*"
 
 

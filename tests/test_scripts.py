@@ -198,14 +198,62 @@ def test_resume_refuses_another_window(sampled, tmp_path):
         run(train_psgd, *flags, "2")
 
 
+def cuda(monkeypatch, *, available, capability=(8, 6), architectures=("sm_75", "sm_86"), count=2):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)  # which counts GPUs that cannot be used, too
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(architectures))
+
+
 def test_device_names(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cuda(monkeypatch, available=True)
     names = {name: str(utils.pick_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")}
     assert names == {"auto": "cuda:0", "cuda": "cuda:0", "cuda:1": "cuda:1", "cpu": "cpu"}
     with pytest.raises(UserError, match="--device cuda:2: no device 2, 2 found"):
         utils.pick_device("cuda:2")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cuda(monkeypatch, available=False)
+    assert utils.pick_device("auto").type == "cpu"
+    with pytest.raises(UserError, match="--device cuda: no CUDA device found; use --device cpu"):
+        utils.pick_device("cuda")
+
+
+@pytest.mark.parametrize("capability, architectures, runs", [
+    ((7, 0), ["sm_75", "sm_80", "sm_90"], False), ((8, 9), ["sm_75", "sm_86"], True), ((8, 0), ["sm_86"], False),
+    ((12, 0), ["sm_90", "compute_90"], True), ((12, 0), ["sm_90"], False), ((10, 3), ["sm_90a", "sm_100"], True),
+    ((9, 0), ["gfx90a"], True), ((9, 0), [], True),
+])
+def test_a_gpu_whose_architecture_is_not_in_the_build_is_refused(monkeypatch, capability, architectures, runs):
+    cuda(monkeypatch, available=True, capability=capability, architectures=architectures)
+    if runs:
+        assert utils.pick_device("auto").type == "cuda"
+    else:
+        with pytest.raises(UserError, match=rf"GPU .*compute capability {capability[0]}\.{capability[1]}, not in this "
+                                            r"build; .*docs/install.md\), or use --device cpu$"):
+            utils.pick_device("auto")
+
+
+@pytest.mark.parametrize("error, reason", [
+    (RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update it"),
+     r"too old \(found version 11040\);"),
+    (AssertionError("Torch not compiled with CUDA enabled"), "Torch not compiled with CUDA enabled;"),
+])
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over_for_the_cpu(monkeypatch, tmp_path, capsys, error, reason):
+    def init():
+        raise error
+
+    (tmp_path / "nvidia0").touch()
+    cuda(monkeypatch, available=False)
+    monkeypatch.setattr(utils, "glob", lambda pattern: [tmp_path / "nvidia0"])
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("auto", "cuda"):
+        with pytest.raises(SystemExit, match="2"):
+            train_sgd.parse_args(["--device", name])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--device {name}: torch {torch.__version__} cannot use the GPU of this" in line
+        assert re.search(reason, line)
+    assert utils.pick_device("cpu").type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert utils.pick_device("auto").type == "cpu"
 
 
