@@ -32,7 +32,8 @@ RUN = {name: DATA[name] for name in ("images", "--data", "--smalldatasets", "--c
     "--accumulate": ["1", "2"], "--half": [None, ""], "--save-every": ["10", "1"], "--print-freq": ["50", "1"],
     "--workers": ["4", "1"]}
 WINDOW = {"shots": ["these", "others"], "--n_components": ["2", "1"], "--params_start": ["0", "1"],
-          "--params_end": ["4", "5"], "--basis": ["pca", "random", "snapshots"]}
+          "--params_end": ["4", "5"], "--basis": ["pca", "spherical", "random", "snapshots"],
+          "--start": ["first", "mean"]}
 SETTINGS = {
     train_sgd: {**RUN, "--arch": DATA["--arch"], "--optimizer": ["sgd", "adam"], "--momentum": ["0.9", "0.5"],
                 "--weight-decay": ["1e-4", "0.01"], "--milestones": ["100", "1"], "--samples-per-epoch": ["1", "2"],

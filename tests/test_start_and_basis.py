@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import digits_args
+from conftest import digits_args, network
 
 import models
 import report
@@ -13,6 +13,7 @@ import trajectory
 from dldr.errors import UserError
 from dldr.snapshots import load_window
 
+SMALL = network("small")
 WINDOW = ["--params_end", "6", "--n_components", "3"]
 
 
@@ -29,7 +30,7 @@ def state(path):
 def test_start(sampled, tmp_path, start, buffers):
     """What training starts from: parameters, and of which snapshot batch norm's statistics are."""
     run(sampled, tmp_path, "--params_start", "1", "--params_step", "2", "--n_components", "2", "--start", start)
-    final, parameters = state(tmp_path / "psgd_final.pt"), dict(models.get_model("resnet8", 10).named_parameters())
+    final, parameters = state(tmp_path / "psgd_final.pt"), dict(models.get_model(SMALL, 10).named_parameters())
     snapshots = {i: state(sampled / f"{i}.pt") for i in (1, 3, 5)}
     for name, value in final.items():
         if name not in parameters:
@@ -59,7 +60,7 @@ def test_a_saved_basis_is_the_basis(sampled, tmp_path, script):
     file, method = tmp_path / "basis.pt", script.__name__.removeprefix("train_")
     run(sampled, tmp_path / "a", "--save-basis", str(file), script=script, epochs=1)
     saved = state(file)
-    assert saved["P"].shape == (3, 75_290) and saved["made"]["args"]["basis"] == "pca"
+    assert saved["P"].shape == (3, 6282) and saved["made"]["args"]["basis"] == "pca"
     assert len(saved["explained_variance"]) == 3 and list(saved["parameters"])[0] == "conv1.weight"
     summary = run(sampled, tmp_path / "b", "--basis", str(file), script=script, epochs=1)
     a, b = (state(tmp_path / name / f"{method}_final.pt") for name in "ab")
@@ -72,7 +73,7 @@ def test_a_saved_basis_is_the_basis(sampled, tmp_path, script):
                       epochs=1)
         assert summary["n_components"] == 2 and report.label(
             {"method": "psgd", "args": summary["args"]}) == "P-SGD (basis.pt)"
-        step = load_window([tmp_path / "c" / "psgd_final.pt", sampled / "2.pt"], models.get_model("resnet8", 10))
+        step = load_window([tmp_path / "c" / "psgd_final.pt", sampled / "2.pt"], models.get_model(SMALL, 10))
         step = step[0] - step[1]
         assert (step - saved["P"][:2].T @ (saved["P"][:2] @ step)).norm() < 1e-4 * step.norm()
 
@@ -81,7 +82,7 @@ def test_a_saved_basis_is_the_basis(sampled, tmp_path, script):
     ({}, ["--n_components", "4"], "has 3 components, --n_components asks for 4"),
     ({"parameters": {"w": [3]}}, [], r"another network: it has w \[3\] where this one has conv1.weight"),
     ({"parameters": {}}, [], "another network: it has nothing"),
-    ({"P": torch.ones(3, 75_290)}, [], "is not a basis that --save-basis has written"),
+    ({"P": torch.ones(3, 6282)}, [], "is not a basis that --save-basis has written"),
     ({"P": None}, [], "is not a basis that --save-basis has written"),
     (None, [], "cannot be read"),
 ])
@@ -124,7 +125,7 @@ def foreign(sampled, directory, names):
 @pytest.mark.parametrize("names", [[f"epoch_{10 * i}.pth" for i in range(6)], [f"{10 * i + 10}.pt" for i in range(6)]])
 def test_the_trajectory_of_state_dicts_from_elsewhere(sampled, tmp_path, names, monkeypatch, capsys):
     monkeypatch.setattr(trajectory, "GRID", 2)
-    flags = ["--datasets", "digits", "--arch", "resnet8", "--smalldatasets", "0.3", "--n_components", "2", "--device",
+    flags = ["--datasets", "digits", "--arch", SMALL, "--smalldatasets", "0.3", "--n_components", "2", "--device",
              "cpu", "--samples", "50", "--params_end"]
 
     def measure(directory, end):
