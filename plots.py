@@ -6,6 +6,7 @@ import re
 import statistics
 from collections import namedtuple
 from itertools import accumulate
+from pathlib import Path
 
 COLOURS = {"SGD": "#000000", "Adam": "#CC79A7", "P-SGD": "#D55E00", "P-BFGS": "#0072B2"}  # Okabe and Ito's palette
 OTHERS = ("#009E73", "#E69F00", "#56B4E9", "#999999")  # for what is no method
@@ -18,13 +19,19 @@ CLOSE = 10  # percentage points below the best: what a close view shows
 Line = namedtuple("Line", "name method runs")
 
 
+def short(name):
+    """A data set, network or basis as tables name it: of a file its name only."""
+    return Path(name.removeprefix("folder:").removeprefix("npz:")).name
+
+
 def in_words(args, data=None):
     """Data set, share of it, network and label noise of a run, as a person names them."""
     names = {"CIFAR10": "CIFAR-10", "CIFAR100": "CIFAR-100", "digits": "handwritten digits"}
     if args["datasets"] == "ImageNet" and data and data["classes"] != 1000:
         names["ImageNet"] = f"a folder of {data['classes']} classes, {data['training']:,} images"
     share = f" ({100 * args['smalldatasets']:g}% of the images)" if args.get("smalldatasets") else ""
-    words = [names.get(args["datasets"], args["datasets"]) + share, re.sub("^resnet", "ResNet-", args["arch"])]
+    words = [names.get(args["datasets"], short(args["datasets"])) + share,
+             re.sub("^resnet", "ResNet-", short(args["arch"]))]
     return ", ".join(words + ([f"{100 * args['corrupt']:g}% label noise"] if args.get("corrupt") else []))
 
 
@@ -218,8 +225,9 @@ def plane(result):
     args, (first, last) = result["args"], result["snapshots"]
     fig = figure(f"SGD and the subspace of its snapshots: {in_words(args)}, seed {args['randomseed']}", height=4.2)
     distance, surface = panels(fig, 2, counts=False)
+    k = result.get("k", args["n_components"])
     for key, text, dashes in (("start", "from where it started", "-"),
-                              ("subspace", f"from the {args['n_components']}-dimensional subspace", "--")):
+                              ("subspace", f"from the {k}-dimensional subspace", "--")):
         distance.plot(range(first, last + 1), result[f"distance_from_{key}"], dashes, color=COLOURS["SGD"], label=text)
     distance.axvspan(args["params_start"], args["params_end"] - 1, **SHADE)
     distance.set(xlabel="snapshot of SGD (shaded: the window of the basis)", ylabel="Euclidean distance of SGD")

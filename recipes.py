@@ -64,6 +64,7 @@ RUNS = {
     "sgd_twice": ("train_sgd.py", None, "{sgd} --samples-per-epoch 2"),
     "adam": ("train_sgd.py", None, "{sgd} --optimizer adam"),
     "psgd": ("train_psgd.py", "sgd", "{psgd} " + WINDOW),
+    "psgd_spherical": ("train_psgd.py", "sgd", "{psgd} --basis spherical " + WINDOW),
     "psgd_random": ("train_psgd.py", "sgd", "{psgd} --basis random " + WINDOW),
     "psgd_snapshots": ("train_psgd.py", "sgd", "{psgd} --basis snapshots " + WINDOW),
     "psgd_second": ("train_psgd.py", "sgd", "{psgd} --params_step 2 " + WINDOW),
@@ -89,7 +90,8 @@ TABLES = [  # name, setting, scales, label noise, seeds, runs
     ("dims", "CIFAR10", "tenth", "0", "1", "sgd psgd_k5 psgd_k15 psgd_k25 psgd_k40"),
     ("dims", "CIFAR10", "cpu", "0", "1 2 3", "sgd psgd_k3 psgd_k5 psgd_k10 psgd_k15 psgd_k20"),
     ("basis", "CIFAR10", "full cpu", "0", "1 2 3", "sgd psgd_k{k} psgd_random_k{k} psgd_snapshots_k{k}"),
-    ("basis", "CIFAR10", "tenth", "0", "1", "sgd psgd_k40 psgd_random_k40 psgd_snapshots_k40"),
+    ("basis", "CIFAR10", "tenth", "0", "1", "sgd psgd_k3 psgd_k40 psgd_spherical_k3 psgd_spherical_k15 "
+     "psgd_spherical_k40 psgd_random_k40 psgd_snapshots_k40"),
     ("sampling", "CIFAR10", "full", "0", "1 2 3", "sgd psgd_end21_k15 psgd_end41_k15 psgd_end61_k15 psgd_end81_k15 "
      "psgd_end101_k15 psgd_second_k15 sgd_twice psgd_twice_end161_k15"),
     ("sampling", "CIFAR10", "cpu", "0", "1 2 3", "sgd psgd_end11_k10 psgd_end16_k10 psgd_end21_k10 psgd_second_k10 "
@@ -107,7 +109,7 @@ ABOUT = {
     "cifar100": "the same on CIFAR-100; ResNet-32 (cpu: ResNet-8)",
     "noise": "P-SGD and P-BFGS against label noise",
     "dims": "P-SGD against the number of components",
-    "basis": "principal directions, random ones, the span of snapshots",
+    "basis": "principal directions, plain and spherical, random ones, the span of snapshots",
     "sampling": "P-SGD against the window's end and density",
     "trajectory": "how far SGD strays from the subspace; the paths over the loss surface",
     "zoo": "SGD, P-BFGS and P-SGD of eleven other networks (MODELS) on CIFAR-100",
@@ -123,7 +125,7 @@ in float32: about 4 for the demo); CIFAR-100 by its multiply-adds; others: an EP
 
 # ----------------------------------------------------------------------------------------------- from rows to commands
 
-Run = namedtuple("Run", "command directory report minutes gb")
+PlannedRun = namedtuple("PlannedRun", "command directory report minutes gb")
 ONE_DIRECTORY = {"demo": "save_labelnoise{c}_{arch}", "quick": "quick"}  # for all stages, as in the release
 
 
@@ -131,8 +133,8 @@ def env(name, default=""):
     return os.environ.get(name) or default
 
 
-def runs(table, scale):
-    """The `Run`s of a table; one that several rows ask for comes once."""
+def planned_runs(table, scale):
+    """The `PlannedRun`s of a table; one that several rows ask for comes once."""
     root, found = Path(env("SAVE_ROOT", "." if table == "demo" else "runs")), {}
     for _, data, _, noise, seeds, names in [row for row in TABLES if row[0] == table and scale in row[2].split()]:
         setting = SETTINGS[data, scale]
@@ -157,20 +159,20 @@ def runs(table, scale):
                 flags += ["--output-dir", str(directory)]
             command = (script, *setting.data.split(), "--arch", arch, "--corrupt", c, "--randomseed", seed, *flags)
             minutes, gb = setting.minutes.get(re.sub(r"train_|\.py", "", script), 0), 0 if source else setting.gb
-            found[command] = Run(command, directory, report, minutes, gb)
+            found[command] = PlannedRun(command, directory, report, minutes, gb)
     return list(found.values())
 
 
 def commands(table, scale):
     """The commands of a table as tuples of words: its runs, then its report."""
-    made = runs(table, scale)
+    made = planned_runs(table, scale)
     lines = [run.command for run in made] + [("recipes.py", "publish", table)] * (table not in ONE_DIRECTORY)
     return lines + [("report.py", report, "--table", f"{report}/table.md", "--csv", f"{report}/runs.csv", "--figures",
                      report) for report in dict.fromkeys(str(run.report) for run in made)]
 
 
 def publish(table, scale):
-    for run in runs(table, scale):
+    for run in planned_runs(table, scale):
         for path in [*run.directory.glob("*.json*"), *run.directory.parent.glob("log_*")]:
             target = run.report / path.relative_to(run.report.parents[1])
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +188,7 @@ def main():
     if args.action == "list":
         print("table      SCALE  runs  disk, GB  hours  what it shows")
         for table, scale in known:
-            made = runs(table, scale)
+            made = planned_runs(table, scale)
             hours = f"{sum(run.minutes for run in made) / 60:.1f}" if any(run.minutes for run in made) else "?"
             print(f"{table:10} {scale:5} {len(made):5} {sum(run.gb for run in made):9.1f} {hours:>6}  {ABOUT[table]}")
         print(NEEDS)

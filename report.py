@@ -26,13 +26,16 @@ import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
+import packages  # noqa: F401 - first: it says what is missing
+
 import plots
 import utils
-from dldr.checkpoint import load_json, write_atomically
 from dldr.errors import UserError
+from dldr.files import load_json, write_atomically
 
 METHODS = {"sgd": "SGD", "psgd": "P-SGD", "pbfgs": "P-BFGS"}
-BASES = {"pca": "principal directions", "random": "random directions", "snapshots": "span of snapshots"}
+BASES = {"pca": "principal directions", "spherical": "principal directions, snapshots divided by their norms",
+         "random": "random directions", "snapshots": "span of snapshots"}
 TARGETS = Path(__file__).parent / "results" / "targets.json"
 
 
@@ -64,6 +67,7 @@ def find_runs(directories):
             summary = json.loads(path.read_text())
             lines = path.with_name(f"{stage}_log.jsonl").read_text().splitlines()
             if (content := json.dumps(summary, sort_keys=True)) not in seen:  # else a copy of a run
+                summary |= {key: plots.short(summary[key]) for key in ("dataset", "arch")}
                 runs.append({**summary, "directory": path.parent, "log": [json.loads(line) for line in lines]})
             seen.add(content)
         except (OSError, ValueError) as error:
@@ -128,9 +132,10 @@ def method(run):
 
 
 def label(run):
-    """The method, and in brackets a basis other than the principal directions."""
-    basis = run["args"].get("basis", "pca")
-    return method(run) + (f" ({basis})" if basis != "pca" else "")
+    """The method, and in brackets another basis than the principal directions, another start than the first."""
+    basis, start = run["args"].get("basis", "pca"), run["args"].get("start", "first")
+    extra = [plots.short(basis)] * (basis != "pca") + [f"from the {start}"] * (start != "first")
+    return method(run) + (f" ({', '.join(extra)})" if extra else "")
 
 
 def snapshots(run):
@@ -161,7 +166,8 @@ def grouped(runs, *without):
     """Lists of the runs that differ in their seed only, and in the arguments `without`."""
     groups = {}
     for run in runs:
-        args = {key: value for key, value in run["args"].items() if key not in unlike(without)}
+        args = {"start": "first"} if run["method"] != "sgd" else {}  # what runs from before this flag mean
+        args |= {key: value for key, value in run["args"].items() if key not in unlike(without)}
         data = {**run.get("data", {}), "labels": None}  # noisy ones differ by seed
         key = json.dumps([run["method"], run["epochs"], args, data, run.get("sampling")], sort_keys=True)
         groups.setdefault(key, []).append(run)
@@ -184,7 +190,7 @@ def named(runs, *without):
     if "n_components" not in without:
         tell(labels, lambda run: f"k = {run['n_components']}")
     tell(labels, snapshots)
-    tell(labels, lambda run: f"{100 * (run['args'].get('smalldatasets') or 1):g}% of the images")
+    tell([None] * len(names), lambda run: f"{100 * (run['args'].get('smalldatasets') or 1):g}% of the images")
     tell(labels, lambda run: "pretrained" if run["args"].get("pretrained") else "")
     for key in ["epochs", *sorted(set().union(*(run["args"] for run in first)) - unlike(without) - {"output_dir"})]:
         tell(list(names), lambda run, key=key: f"{key} {run['args'].get(key)}".replace("_", " "))
@@ -335,7 +341,8 @@ def bases(runs):
     found = {}
     for run in sorted((run for run in runs if run["explained_variance"]), key=lambda run: -run["n_components"]):
         basis = run["args"].get("basis", "pca")
-        seeds = found.setdefault((BASES.get(basis, basis), snapshots(run), json.dumps(run.get("sampling"))), {})
+        kind = BASES.get(basis, plots.short(basis)), snapshots(run), json.dumps(run.get("sampling"))
+        seeds = found.setdefault(kind, {})
         if run["n_components"] == next(iter(seeds.values()), run)["n_components"]:
             seeds.setdefault(run["seed"], run)
     several = len({used for _, used, _ in found}) > 1

@@ -9,7 +9,8 @@
 # MODELS="resnet20 resnet32" in place of the table's; FLAGS="--half --workers 8" for each training command;
 # SAVE_ROOT=DIR for all that is written; DLDR_DATA=DIR with the data sets; PRETRAINED=FILE with weights to fine-tune;
 # NPROC=N (or gpu) trains with N processes of this machine, through torchrun; PYTHON=python3. Relative paths are
-# relative to this directory. Uses the python with the packages, else a .venv that it makes here from requirements.txt.
+# relative to this directory. Uses the active environment if it has the packages (pyproject.toml says from which version
+# on), else a .venv that it makes here from requirements-dev.txt, with uv where there is one.
 # Called again it resumes where it stopped, and skips what is finished; FORCE=1 starts over. Each run is logged to log_*
 # beside its directory. A stage that fails ends it with the stage's exit status (with NPROC torchrun's, which is 1).
 
@@ -32,17 +33,41 @@ while [[ -L $self ]]; do # this script may be a link to run.sh
 done
 cd "$(dirname "$self")"
 
-# set $python to an interpreter that can import the modules $2, installing the requirements file $1 if there is none
+# set $python to an interpreter with the packages $@: the active one, else that of .venv, which is made if need be
 environment() {
-    local requirements=$1 modules=$2
-    for python in "$python3" .venv/bin/python; do
-        if "$python" -c "from datetime import UTC; import $modules" 2>/dev/null; then return; fi
-    done
+    local problem another
+    python=$python3
+    ! problem=$("$python" packages.py "$@" 2>&1) || return 0
+    python=.venv/bin/python
+    if [[ -e .venv/unfinished ]]; then # it holds the process that installs, or was killed at it
+        ! kill -0 "$(<.venv/unfinished)" 2>/dev/null || fail 1 "another run.sh is installing into .venv; wait for it"
+        rm -r .venv
+    elif [[ -e .venv ]]; then
+        another=$("$python" packages.py "$@" 2>&1) || fail 1 "$problem; and .venv is no better: $another"
+        echo "run.sh: using .venv, since the active environment will not do: $problem" >&2
+        return
+    fi
     "$python3" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        fail 1 "Python 3.11 or later is needed; set PYTHON to one"
-    echo "run.sh: installing $requirements into .venv (once; the CUDA build of torch is about 5 GB)"
-    "$python3" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+        fail 1 "$problem; or set PYTHON to Python 3.11 or later, for which requirements.txt is"
+    echo "run.sh: the active environment will not do: $problem" >&2
+    echo "run.sh: installing requirements-dev.txt into .venv instead, once: about 5 GB (smaller builds: docs/install.md)" >&2
+    mkdir .venv
+    echo $$ >.venv/unfinished
+    if ! install >log_install 2>&1; then
+        rm -r .venv
+        fail 1 "the installation failed: $(grep . log_install | tail -n 1) (all of it: log_install; docs/install.md)"
+    fi
+    rm .venv/unfinished
+}
+
+install() {
+    if type -P uv >/dev/null; then
+        uv venv --allow-existing --python "$python3" .venv && uv pip install --python "$python" -r requirements-dev.txt
+    elif "$python3" -m venv .venv; then
+        "$python" -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+    else
+        echo "$python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv" && return 1
+    fi
 }
 
 # run a script, its lines appended to a log too. A signal to this shell, or to its process group, in which the script is
@@ -82,18 +107,18 @@ stage() {
 table() {
     local lines line
     lines=$("$python3" recipes.py table "$1") # refuses an unknown name before anything is installed
-    environment requirements.txt "$runtime"
+    environment "${runtime[@]}"
     while IFS= read -r line; do
         eval "stage $line"
     done <<<"$lines"
 }
 
-runtime="torch, torchvision, numpy, sklearn, matplotlib, tqdm"
+runtime=(torch torchvision numpy scikit-learn matplotlib tqdm)
 case ${1:-demo} in
     demo | quick) table "${1:-demo}" ;;
     table) table "${2:-}" ;;
-    test) environment requirements-dev.txt "$runtime, pytest, hypothesis"; exec "$python" -m pytest "${@:2}" ;;
-    lint) environment requirements-dev.txt "ruff"; exec "$python" -m ruff check . ;;
+    test) environment "${runtime[@]}" pytest hypothesis; exec "$python" -m pytest "${@:2}" ;;
+    lint) environment ruff; exec "$python" -m ruff check . ;;
     -h | --help | help) sed -n '2,/^$/s/^# \{0,1\}//p' run.sh; echo; exec "$python3" recipes.py list ;;
     *) fail 2 "no command $1; ./run.sh --help lists them" ;;
 esac

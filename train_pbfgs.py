@@ -8,6 +8,8 @@ Writes pbfgs_args.json, pbfgs_log.jsonl, pbfgs_checkpoint.pt, pbfgs_final.pt and
 Example:
   python train_pbfgs.py --datasets CIFAR10 --arch resnet20 --params_end 81 --n_components 40 --save-dir save_resnet20
 """
+import packages  # noqa: F401 - first: it says what is missing
+
 import utils
 from dldr import distributed, engine
 

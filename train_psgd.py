@@ -7,6 +7,8 @@ Writes psgd_args.json, psgd_log.jsonl, psgd_checkpoint.pt, psgd_final.pt and psg
 Example:
   python train_psgd.py --datasets CIFAR10 --arch resnet20 --params_end 81 --n_components 40 --save-dir save_resnet20
 """
+import packages  # noqa: F401 - first: it says what is missing
+
 import utils
 from dldr import engine
 from dldr.subspace import ProjectedSGD

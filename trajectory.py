@@ -1,6 +1,7 @@
 """How far SGD strays from the subspace of its first epochs, and the paths through it over the loss surface.
 
-Reads the snapshots of --save-dir (all that there are), takes the basis of the window as train_psgd.py does, and
+Reads the snapshots of --save-dir (all that there are: 0.pt, 1.pt, ... of train_sgd.py, or state dicts of --arch under
+other names, counted in the order of the numbers in them), takes the basis of the window as train_psgd.py does, and
 measures for each snapshot its distance from the starting point and from the subspace. The last snapshot is also
 projected into the subspace and evaluated there: with the batch-norm statistics it had, and with those of the projected
 network.
@@ -12,19 +13,22 @@ Example:
       --runs runs/quick --json runs/quick/trajectory.json --figure runs/quick/trajectory.png
 """
 import json
-from itertools import count
+import re
+from itertools import count, takewhile
 from pathlib import Path
+
+import packages  # noqa: F401 - first: it says what is missing
 
 import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-import models
 import utils
 from dldr import engine
-from dldr.checkpoint import command_line, load_json, provenance, save_json, write_atomically
+from dldr.checkpoint import command_line, provenance
 from dldr.errors import UserError
+from dldr.files import load_json, save_json, write_atomically
 from dldr.snapshots import load_window, read_snapshot, snapshot_paths
 from dldr.subspace import flat_parameters, pca_basis
 from plots import image, plane
@@ -34,23 +38,44 @@ GRID = 25  # points a side of the loss surface
 
 def parse_args(argv=None):
     parser = utils.Parser(__doc__)
-    parser.add_argument("--runs", nargs="*", default=[], metavar="DIR", help="directories of P-SGD and P-BFGS runs")
-    parser.add_argument("--samples", type=utils.count, default=2000, metavar="N",
-                        help="training samples of the loss surface")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers to this file")
-    parser.add_argument("--figure", metavar="FILE", help="draw the figure to this file (.png)")
-    parser.add_argument("--save-dir", required=True, metavar="DIR", help="where the snapshots lie")
-    for flag, kind, default in (("--datasets", str, "CIFAR10"), ("--data", str, "data/"), ("--arch", str, "resnet32"),
-                                ("--smalldatasets", utils.fraction, None), ("--corrupt", utils.fraction, 0.0),
-                                ("--randomseed", utils.seed, 1), ("--batch-size", utils.count, 128),
-                                ("--n_components", utils.count, 40), ("--params_start", utils.natural, 0),
-                                ("--params_end", utils.natural, 51), ("--params_step", utils.count, 1),
-                                ("--device", str, "auto")):
-        parser.add_argument(flag, type=kind, default=default, metavar="X", help="as in train_psgd.py")
+    groups = {
+        "subspace": (("--n_components", utils.components, 40), ("--params_start", utils.natural, 0),
+                     ("--params_end", utils.natural, 51), ("--params_step", utils.count, 1)),
+        "data and network": (("--datasets", str, "CIFAR10"), ("--data", str, "data/"), ("--arch", str, "resnet32"),
+                             ("--smalldatasets", utils.fraction, None), ("--corrupt", utils.fraction, 0.0),
+                             ("--randomseed", utils.seed, 1), ("--batch-size", utils.count, 128)),
+        "output": (), "machine": (("--device", str, "auto"),)}
+    for title, flags in groups.items():
+        group = groups[title] = parser.add_argument_group(title)
+        for flag, kind, default in flags:
+            group.add_argument(flag, type=kind, default=default, metavar="X", help="as in train_psgd.py")
+    output = groups["output"].add_argument
+    output("--save-dir", required=True, metavar="DIR", help="where the snapshots lie")
+    output("--runs", nargs="*", default=[], metavar="DIR", help="directories of P-SGD and P-BFGS runs")
+    output("--samples", type=utils.count, default=2000, metavar="N", help="training samples of the loss surface")
+    output("--json", metavar="FILE", help="write the numbers to this file")
+    output("--figure", metavar="FILE", help="draw the figure to this file (.png)")
     args = parser.parse_args(argv)
     utils.check_names(parser, args)
     utils.check_window(parser, args)
     return args
+
+
+def snapshots(args):
+    """The snapshots of the window, and all from --params_start on, in order."""
+    directory, window = Path(args.save_dir), utils.window_indices(args)
+    files = [path for path in directory.glob("*") if path.suffix in (".pt", ".pth")]
+    numbers = sorted(int(path.stem) for path in files if path.name == f"{path.stem}.pt" and path.stem.isdigit())
+    consecutive = numbers and numbers[-1] - numbers[0] == len(numbers) - 1
+    if consecutive or not files or (directory / "sgd_snapshots.json").is_file():
+        return (snapshot_paths(directory, window),
+                list(takewhile(Path.is_file, (directory / f"{i}.pt" for i in count(window.start)))))
+    files.sort(key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)])
+    utils.note(f"{directory} holds {len(files)} state dicts, 0 to {len(files) - 1} in this order: {files[0].name} ... "
+               f"{files[-1].name}")
+    if window.stop > len(files):
+        raise UserError(f"--params_end {window.stop}: --save-dir {directory} holds {len(files)} state dicts")
+    return [files[i] for i in window], files[window.start:]
 
 
 def flat(state, model):
@@ -72,25 +97,27 @@ def surface(model, w, at, P, axes, batches):
 
 
 def main(args):
-    window = utils.window_indices(args)
-    snapshot_paths(args.save_dir, window)
-    last = next(i for i in count(args.params_start) if not (Path(args.save_dir) / f"{i + 1}.pt").is_file())
+    utils.add_digests(args)
+    paths, every = snapshots(args)
+    last = args.params_start + len(every) - 1
+    if len(paths) < 3:
+        raise UserError("--params_end: a window of 3 snapshots at least, for a plane to draw the loss surface over")
     device = utils.set_up(args.device, args.randomseed)
     data = utils.load_data(args, device)
-    model = models.get_model(args.arch, data.classes, args.datasets).to(device)
+    model = utils.make_network(args, data).to(device)
     utils.check_sampling(args, data)
-    utils.check_snapshots(snapshot_paths(args.save_dir, range(args.params_start, last + 1)))
-    k = args.n_components
-    if len(window) < 3:
-        raise UserError("--params_end: a window of 3 snapshots at least, for a plane to draw the loss surface over")
-    wide, explained = pca_basis(load_window(snapshot_paths(args.save_dir, window), model, device), max(2, k))
+    utils.check_snapshots(every)
+    window, k = load_window(paths, model, device), args.n_components
+    if k < 1:  # a share of the variance
+        k = len(pca_basis(window, k)[1])
+    wide, explained = pca_basis(window, max(2, k))
     P, explained = wide[:k], explained[:k]
     w = flat_parameters(model)
     start = w.clone()
 
     path, distances = [], []  # theta (k,) of each snapshot; how far it is from the start, and from the subspace
-    for i in tqdm(range(args.params_start, last + 1), "snapshots", leave=False, disable=None):
-        state, _ = read_snapshot(Path(args.save_dir) / f"{i}.pt", model)
+    for file in tqdm(every, "snapshots", leave=False, disable=None):
+        state, _ = read_snapshot(file, model)
         step = flat(state, model).to(device) - start
         path.append(wide @ step)
         distances.append((float(step.norm()), float((step - P.T @ path[-1][:k]).norm())))
@@ -101,8 +128,9 @@ def main(args):
     update_bn(data.train.epoch(0), model)
     accuracy["projected_own_statistics"] = engine.evaluate(model, data.test.epoch(0))["accuracy"]
 
-    result = {"snapshots": [args.params_start, last], "explained_variance": sum(explained), "accuracy": accuracy,
-              "distance_from_start": [d for d, _ in distances], "distance_from_subspace": [d for _, d in distances],
+    result = {"snapshots": [args.params_start, last], "k": k, "explained_variance": sum(explained),
+              "accuracy": accuracy, "distance_from_start": [d for d, _ in distances],
+              "distance_from_subspace": [d for _, d in distances],
               "args": vars(args), "command": command_line(), **provenance(device)}
     far, outside = distances[-1]
     print(f"snapshot {last} is {far:.2f} from the start and {outside:.2f} from the {k} dimensions "
@@ -131,9 +159,11 @@ def main(args):
 def read_path(file):
     """The first two coordinates of theta along a run, from its log; the start is (0, 0)."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    if not all("theta" in line for line in lines) or load_json(file.with_name(file.name.replace(
-            "_log.jsonl", "_args.json"))).get("args", {}).get("basis", "pca") != "pca":
-        raise UserError(f"--runs: {file} has no theta in the principal directions")
+    args = load_json(file.with_name(file.name.replace("_log.jsonl", "_args.json"))).get("args", {})
+    found = args.get("basis", "pca"), args.get("start", "first")
+    if not all("theta" in line for line in lines) or found != ("pca", "first"):
+        raise UserError(f"--runs: {file} has no theta in the principal directions from the window's first snapshot "
+                        f"(--basis {found[0]}, --start {found[1]})")
     return [[0.0, 0.0], *([*line["theta"], 0.0][:2] for line in lines)]
 
 

@@ -1,11 +1,11 @@
 """What the scripts share: flags, set-up, the subspace, and the entry point."""
 import argparse
-import contextlib
-import ctypes
 import functools
+import itertools
 import math
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,10 +13,12 @@ import torch
 
 import datasets
 import models
-from dldr import distributed, engine, graphs
-from dldr.checkpoint import Run, checksum, load_file, load_json, load_model
+from dldr import distributed, engine, graphs, userfile
+from dldr.checkpoint import Run, command_line
+from dldr.device import pick_device, set_up
 from dldr.errors import Stopped, UserError
-from dldr.snapshots import load_window, make_basis, snapshot_paths
+from dldr.files import checksum, load_file, load_json, load_model
+from dldr.snapshots import BASES, load_window, make_basis, save_basis, snapshot_paths
 from dldr.subspace import flat_parameters
 
 # ------------------------------------------------------------------------------------------------------------- stages
@@ -27,19 +29,43 @@ def run_stage(method, args, train):
 
     `run` is the `Run` in its directory, `model` the initial network on the device.
     """
+    add_digests(args)
     paths = [] if args.evaluate or "n_components" not in args else snapshot_paths(args.save_dir, window_indices(args))
     run = Run(method, vars(args), args.changeable, paths)
-    if run.finished():
+    if not run.may_start(lambda: load_data(args, "cpu").facts):
+        print_next(run, args)
         return load_json(run.path("summary.json"))
     device = set_up(args.device, args.randomseed, deterministic=args.deterministic, conv_tf32=args.conv_tf32 == "on",
                     timeout=args.timeout)
-    if not args.evaluate:
-        run.take_directory()
     with run.timer("load"):
         data = load_data(args, device)
-        model = models.get_model(args.arch, data.classes, args.datasets, getattr(args, "pretrained", None))
-        model = models.on_device(model, device, args.sync_bn)
-    return evaluate(run, args, data, model) if args.evaluate else train(run, args, data, model)
+        model = models.on_device(make_network(args, data), device, args.sync_bn)
+    if args.evaluate:
+        return evaluate_saved(run, args, data, model)
+    run.prepare_directory()  # not before: there may be no such data or network
+    summary = train(run, args, data, model)
+    print_next(run, args)
+    return summary
+
+
+def print_next(run, args):
+    """Print where the files of a run are, and the command that comes next. On rank 0."""
+    if distributed.rank():
+        return
+    print(f"files: {run.directory}/{run.method}_*")
+    if "n_components" in args:
+        print(f"next: python report.py {shlex.quote(str(run.directory))}")
+        return
+    first = args.start_epoch * args.samples_per_epoch
+    end = next(i for i in itertools.count(first) if not (run.directory / f"{i}.pt").is_file())
+    if end - first > 1:
+        print(f"snapshots: {run.directory}/{first}.pt ... {end - 1}.pt")
+        flags = {"--datasets": args.datasets, "--data": args.data, "--arch": args.arch, "--corrupt": args.corrupt,
+                 "--smalldatasets": args.smalldatasets, "--randomseed": args.randomseed, "--save-dir": args.save_dir,
+                 "--params_start": first, "--params_end": min(end, first + 81),
+                 "--n_components": min(end - first - 1, 40)}
+        words = [str(word) for flag in flags.items() if flag[1] is not None for word in flag]
+        print(f"next, or with train_pbfgs.py: python train_psgd.py {shlex.join(words)}")
 
 
 def load_data(args, device):
@@ -48,7 +74,24 @@ def load_data(args, device):
                          corrupt=args.corrupt, part=args.smalldatasets, workers=getattr(args, "workers", 0))
 
 
-def evaluate(run, args, data, model):
+def make_network(args, data):
+    """The network of the flags, on the CPU, for these data."""
+    model = models.get_model(args.arch, data.classes, args.datasets, getattr(args, "pretrained", None))
+    models.check_output(model, args.arch, data.classes, data.example)
+    return model
+
+
+def add_digests(args):
+    """Add args.file_digests: what is in the files that flags name, compared on resuming and between stages."""
+    digests = {name: userfile.digest(vars(args)[name], f"--{name}") for name in ("datasets", "arch")
+               if ".py:" in vars(args)[name]}
+    if getattr(args, "basis", "pca") not in BASES:
+        digests["basis"] = checksum(args.basis)
+    if digests:
+        args.file_digests = digests
+
+
+def evaluate_saved(run, args, data, model):
     """--evaluate: test loss and accuracy of <method>_final.pt, or of the file of --resume; returns both."""
     name = {"": "final.pt", "auto": "checkpoint.pt"}.get(args.resume)
     path = run.path(name) if name else Path(args.resume)
@@ -61,26 +104,31 @@ def evaluate(run, args, data, model):
 
 
 def subspace(run, args, data, model):
-    """The basis P of the window, as the optimisers take it; `model` is then the window's first snapshot."""
+    """The basis P of the flags, as the optimisers take it; `model` is then where training starts (--start)."""
     sampling = check_sampling(args, data)
     w = flat_parameters(model)
-    pca = args.basis == "pca"  # the others are for comparison, and made in memory
+    pca, k = args.basis in ("pca", "spherical"), args.n_components  # other bases are made in memory
     # sharding costs two collectives of D numbers a step, a replicated P one of k numbers: worth it for memory only
-    large = 4 * args.n_components * w.numel() >= 2**30
+    large = 4 * (k if k >= 1 else len(run.snapshots)) * w.numel() >= 2**30
     wanted = args.shard_basis == "on" or args.shard_basis == "auto" and large
     sharded = pca and wanted and distributed.world_size() > 1
+    if sharded and args.save_basis:
+        raise UserError("--save-basis writes a whole basis, and each process has a part of it: add --shard-basis off")
     try:
         with run.timer("load"):
-            window = load_window(run.snapshots, model, w.device, sharded=sharded,
+            window = load_window(run.snapshots, model, w.device, sharded=sharded, start=args.start,
                                  memory=2**30 * args.basis_memory if pca else math.inf)
             check_snapshots(run.snapshots)
         with run.timer("basis"):
-            P, explained = make_basis(window, args.n_components, args.basis, args.randomseed, sharded)
+            P, explained = make_basis(window, k, args.basis, args.randomseed, sharded, model)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"{error} (--n_components, --params_start, --params_end, --params_step)") from error
-    run.begin(data, w, snapshots=len(run.snapshots), explained=explained, sampling=sampling)
+    run.describe(data, w, snapshots=len(run.snapshots), explained=explained, sampling=sampling)
+    if args.save_basis:
+        save_basis(Path(args.save_basis), model, P, explained,
+                   {"command": command_line(), "args": vars(args), "data": data.facts})
     return distributed.distribute(P, w.numel(), sharded)
 
 
@@ -121,12 +169,17 @@ def check_sampling(args, data):
     then, now = ({**flags, "smalldatasets": flags.get("smalldatasets") or 1.0}
                  for flags in (record["args"], vars(args)))
     allowed = set(getattr(args, "allow_mismatch", ()))
-    pairs = {name: (then.get(name), now[name], f"--{name}")
+
+    def used(flags, name):  # with what is in a FILE.py
+        digest = flags.get("file_digests", {}).get(name)
+        return f"{flags.get(name)} {digest}" if digest else flags.get(name)
+
+    pairs = {name: (used(then, name), used(now, name), f"--{name}")
              for name in ("datasets", "arch", "smalldatasets", "corrupt")}
     same = all(a == b for name, (a, b, _) in pairs.items() if name != "arch")
     if "data" in record:
         facts, here = record["data"], data.facts
-        pairs["content"] = facts["content"], here["content"], "--data holds other data"
+        pairs["content"] = facts["content"], here["content"], "--datasets or --data holds other data"
         if same:  # else the labels differ for a reason that is said
             pairs["labels"] = facts["labels"], here["labels"], "--randomseed draws other noisy labels"
     elif args.corrupt and same:
@@ -144,7 +197,7 @@ def make_loop(args, model, optimizer, network=None):
     # what a network of the user's draws on the host is not known
     mode = "off" if args.cuda_graphs == "auto" and ".py:" in args.arch else args.cuda_graphs
     return engine.Loop(model, optimizer, half=args.half, accumulate=args.accumulate, network=network,
-                       read_every=args.print_freq if device.type == "cuda" else 1,
+                       read_every=args.print_freq if device.type == "cuda" else 1, top5=args.datasets == "ImageNet",
                        capture=graphs.capturer(mode, model, device, args.datasets))
 
 
@@ -272,6 +325,12 @@ nonnegative = number(float, 0, math.inf, "a number of at least 0")
 waiting = number(float, 1, 10**6, "a number from 1 to 1,000,000")
 positive = number(float, 1e-6, math.inf, "a number above 0")
 fraction = number(float, 0, 1, "in [0, 1]")
+share = number(float, 1e-6, 1 - 1e-6, "a whole number from 1, or a fraction between 0 and 1")
+
+
+def components(value):
+    """An argparse type: a whole number, or a fraction below 1."""
+    return count(value) if value.lstrip("+-").isdigit() else share(value)
 
 
 def mismatches(value):
@@ -297,18 +356,23 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
                 batch_help="samples per mini-batch", subspace=True):
     """A parser with the flags that the scripts share; returns (parser, the group of training flags)."""
     parser = Parser(doc)
-    data = parser.add_argument_group("data and network").add_argument
-    data("--datasets", default="CIFAR10", metavar="NAME",
-         help="CIFAR10, CIFAR100, MNIST, FashionMNIST, digits (comes with scikit-learn) or ImageNet")
-    changeable(data("--data", type=folder, default=os.environ.get("DLDR_DATA", "data/"), metavar="DIR",
-                    help="where data sets are or are downloaded to; the environment variable DLDR_DATA sets it too"))
-    data("-a", "--arch", default="resnet32", metavar="ARCH",
-         help=f"network: {'; '.join(models.FAMILIES.values())}; a torchvision name on ImageNet (resnet18); or "
-         "FILE.py:FUNCTION, which is called with num_classes")
-    data("--corrupt", type=fraction, default=0.0, metavar="C",
-         help="share of the training labels, in [0, 1], redrawn uniformly over all classes")
-    data("--smalldatasets", type=fraction, default=None, metavar="P",
-         help="use only this share, in [0, 1], of the training samples: the first ones (default: all)")
+    if subspace:
+        window = parser.add_argument_group("subspace").add_argument
+        window("--n_components", type=components, default=40, metavar="K",
+               help="dimensions: the first K principal directions, at most snapshots - 1; or a fraction such as 0.99: "
+               "as many as explain this share of the variance")
+        window("--params_start", type=natural, default=0, metavar="I", help="first snapshot of the window")
+        window("--params_end", type=natural, default=51, metavar="I", help="one past its last snapshot")
+        window("--params_step", type=count, default=1, metavar="N", help="use every N-th snapshot of the window")
+        window("--start", choices=("first", "last", "mean"), default="first",
+               help="where training starts: the window's first or last snapshot, or the mean of its parameters, with "
+               "batch norm's statistics of the last")
+        window("--basis", default="pca", metavar="|".join([*BASES, "FILE"]),
+               help="principal directions of the snapshots, or of the snapshots divided by their norms (spherical); to "
+               "compare: K random ones, or the span of K evenly spaced snapshots; or a FILE by --save-basis")
+        changeable(window("--save-basis", metavar="FILE", help="write the basis and how it was made to this file"))
+        window("--allow-mismatch", type=mismatches, default=[], metavar="NAME,...",
+               help=f"in what the sampling run may differ from this one, of {', '.join(MISMATCHES)} (default: nothing)")
 
     training = parser.add_argument_group("training")
     train = training.add_argument
@@ -330,22 +394,19 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
     changeable(train("--overwrite", action="store_true",
                      help="start over: remove what this script has left in its directory"))
 
-    if subspace:
-        window = parser.add_argument_group("subspace").add_argument
-        window("--n_components", type=count, default=40, metavar="K",
-               help="dimensions: the first K principal directions, at most snapshots - 1")
-        window("--params_start", type=natural, default=0, metavar="I",
-               help="first snapshot of the window, and the one training starts from")
-        window("--params_end", type=natural, default=51, metavar="I", help="one past its last snapshot")
-        window("--params_step", type=count, default=1, metavar="N", help="use every N-th snapshot of the window")
-        window("--basis", choices=("pca", "random", "snapshots"), default="pca",
-               help="principal directions; to compare: random ones, or the span of K evenly spaced snapshots")
-        window("--allow-mismatch", type=mismatches, default=[], metavar="NAME,...",
-               help=f"in what the sampling run may differ from this one, of {', '.join(MISMATCHES)} (default: nothing)")
-        changeable(window("--basis-memory", type=positive, default=2.0, metavar="GIB",
-                          help="stream snapshots from disk above this many GiB per process"))
-        changeable(window("--shard-basis", choices=("auto", "on", "off"), default="auto",
-                          help="each rank holds its part of P's columns only; auto: from a P of 1 GiB"))
+    data = parser.add_argument_group("data and network").add_argument
+    data("--datasets", default="CIFAR10", metavar="NAME",
+         help="CIFAR10, CIFAR100, MNIST, FashionMNIST, digits (comes with scikit-learn) or ImageNet; or your own: "
+         "FILE.py:FUNCTION, folder:DIR (folder:DIR@64 for 64 x 64 pixels) or npz:FILE")
+    changeable(data("--data", type=folder, default=os.environ.get("DLDR_DATA", "data/"), metavar="DIR",
+                    help="where data sets are or are downloaded to; the environment variable DLDR_DATA sets it too"))
+    data("-a", "--arch", default="resnet32", metavar="ARCH",
+         help=f"network: {'; '.join(models.FAMILIES.values())}; a torchvision name on ImageNet (resnet18); or "
+         "FILE.py:FUNCTION, which is called with num_classes")
+    data("--corrupt", type=fraction, default=0.0, metavar="C",
+         help="share of the training labels, in [0, 1], redrawn uniformly over all classes")
+    data("--smalldatasets", type=fraction, default=None, metavar="P",
+         help="use only this share, in [0, 1], of the training samples: the first ones (default: all)")
 
     output = parser.add_argument_group("output").add_argument
     save_dir = output("--save-dir", type=folder, default="save_temp", metavar="DIR",
@@ -372,11 +433,16 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
     machine("--deterministic", action="store_true",
             help="only deterministic algorithms: bitwise repeatable on one machine, slower on CUDA")
     changeable(machine("-j", "--workers", type=natural, default=4, metavar="N",
-                       help="data loading processes, for ImageNet; other data sets are held on the device"))
+                       help="data loading processes, for image folders and Datasets; arrays are held on the device"))
     changeable(machine("--timeout", type=waiting, default=600, metavar="S",
                        help="process-group timeout (s); a signal to one rank stops all of them within 20 batches"))
     machine("--sync-bn", action="store_true",
             help="batch norm over the whole mini-batch, not each rank's part of it (GPUs only)")
+    if subspace:
+        changeable(machine("--basis-memory", type=positive, default=2.0, metavar="GIB",
+                          help="stream snapshots from disk above this many GiB per process"))
+        changeable(machine("--shard-basis", choices=("auto", "on", "off"), default="auto",
+                          help="each rank holds its part of P's columns only; auto: from a P of 1 GiB"))
     return parser, training
 
 
@@ -401,8 +467,14 @@ def check_args(parser, args):
         parser.error("--smalldatasets 0 leaves no training sample")
     if "n_components" in args and not args.evaluate:
         check_window(parser, args)
-        if args.shard_basis == "on" and args.basis != "pca":
-            parser.error(f"--shard-basis on goes with --basis pca, not {args.basis}")
+        pca = args.basis in ("pca", "spherical")
+        if args.basis not in BASES and not os.path.isfile(args.basis):
+            parser.error(f"--basis {args.basis}: not one of {', '.join(BASES)}, and there is no such file")
+        if args.shard_basis == "on" and not pca:
+            parser.error(f"--shard-basis on goes with --basis pca or spherical, not {args.basis}")
+        if args.n_components < 1 and not pca:
+            parser.error(f"--n_components {args.n_components}: a share of the variance goes with --basis pca or "
+                         f"spherical; for {args.basis} give their number")
     return args
 
 
@@ -411,8 +483,9 @@ def check_window(parser, args):
     if args.params_end <= args.params_start:
         parser.error(f"--params_end {args.params_end} must be larger than --params_start {args.params_start}")
     snapshots = len(window_indices(args))
-    if args.n_components > snapshots - 1:
-        parser.error(f"--n_components {args.n_components} needs at least {args.n_components + 1} snapshots; "
+    needed = max(2, args.n_components + 1) if getattr(args, "basis", "pca") in BASES else 1
+    if needed > snapshots:
+        parser.error(f"--n_components {args.n_components} needs at least {needed} snapshots; "
                      f"--params_start {args.params_start} --params_end {args.params_end} --params_step "
                      f"{args.params_step} are {snapshots}")
 
@@ -420,64 +493,3 @@ def check_window(parser, args):
 def window_indices(args):
     """The snapshots that --params_start, --params_end (exclusive) and --params_step name."""
     return range(args.params_start, args.params_end, args.params_step)
-
-
-# ------------------------------------------------------------------------------------------------------------ set-up
-
-
-def pick_device(name):
-    """torch.device for --device; raises UserError for one that this machine does not have."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: not one of auto, cpu, cuda, cuda:N")
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.index is not None and distributed.launched() > 1:
-        raise UserError(f"--device {name}: each process of a distributed run has a GPU of its own; use auto or cuda")
-    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-    found = torch.cuda.device_count()
-    if index >= found:
-        raise UserError(f"--device {name}: no CUDA device found; use --device cpu" if not found else
-                        f"--device {name}: no device {index}, {found} found; use --device auto or fewer processes")
-    return torch.device("cuda", index)
-
-
-def set_up(device="auto", seed=1, *, deterministic=False, conv_tf32=False, timeout=600):
-    """Seed torch for the initial weights, set TF32, cuDNN and determinism flags; returns the device.
-
-    device: "auto", "cpu", "cuda" or "cuda:N"; timeout: of the process group (s).
-    """
-    torch.set_float32_matmul_precision("highest")  # products with P: TF32 would cost 4e-4 relative error
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # NaN into every new tensor doubles the kernels
-    torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cudnn.benchmark_limit = 3  # of some 40 plans, which take 3 to 15 s
-    torch.backends.cudnn.allow_tf32 = conv_tf32
-    engine.seed_everything(seed)
-    device = pick_device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    distributed.init(device, timeout)
-    if device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream())  # graphs are not captured on the default stream
-    else:
-        keep_freed_memory()
-    return device
-
-
-def keep_freed_memory():
-    """Let glibc keep the activations that a step frees for the next one, in place of returning them to the kernel.
-
-    Faulting them in again took half of a step: ResNet-20 at batch 1024 on two cores, 2.4 s, and 1.2 s without it.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: whose top is never given back

@@ -11,7 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import utils
-from dldr.checkpoint import command_line, provenance, save_json
+from dldr.checkpoint import command_line, provenance
+from dldr.files import save_json
 
 
 def parser(doc):

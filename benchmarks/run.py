@@ -30,7 +30,7 @@ import models
 import train_sgd
 import utils
 from dldr import engine, graphs
-from dldr.checkpoint import save_tensors
+from dldr.files import save_tensors
 from dldr.subspace import ProjectedBFGS, ProjectedSGD, flat_parameters, pca_basis
 
 BASIS = "basis of {snapshots} snapshots, k {n_components}: "
@@ -88,7 +88,7 @@ def prepare(side, stage, args, directory, device):
     if stage == "evaluation":
         if not ours:
             return partial(baseline.epoch, model, baseline.loader(*test, 128, device, augment=False), device)
-        test = datasets.ImageBatches(*test, source, datasets.EVALUATION_BATCH[device.type], device)
+        test = datasets.ArrayBatches(*test, source, datasets.EVALUATION_BATCH[device.type], device)
         return lambda: engine.evaluate(model, test.epoch(0), side == "half")
     batch_size = args.pbfgs_batch_size if searching else args.batch_size
     P = pca_basis(window, k)[0] if stage in ("psgd", "pbfgs", "passes") else None
@@ -107,7 +107,7 @@ def prepare(side, stage, args, directory, device):
 
         return plain_epoch
 
-    batches = datasets.ImageBatches(x, y, source, batch_size, device, seed=1, shuffle=True, augment=True)
+    batches = datasets.ArrayBatches(x, y, source, batch_size, device, seed=1, shuffle=True, augment=True)
     epochs, w = map(batches.epoch, itertools.count()), flat_parameters(model)
     ready = itertools.chain.from_iterable(epochs)  # mini-batches without end
     optimizer = (ProjectedBFGS(model, P) if searching else ProjectedSGD(model, P, PSGD_LR) if stage == "psgd" else

@@ -1,8 +1,8 @@
-"""Data sets by name, as batches on the training device.
+"""Data sets by name or the user's own, as batches on the training device.
 
-The small image sets live on the device as uint8 and are augmented there (`ImageBatches`); ImageNet comes through
-DataLoader workers (`imagenet.py`). In both, order and augmentation are functions of (seed, epoch) alone and are drawn
-on the CPU, so every device, batch size and stage sees the same stream for a seed.
+Arrays live on the device, images as uint8, and are augmented there (`ArrayBatches`); image folders and torch Datasets
+come through DataLoader workers (`loader.py`). In both, order and augmentation are functions of (seed, epoch) alone and
+are drawn on the CPU, so every device, batch size and stage sees the same stream for a seed.
 """
 import contextlib
 import difflib
@@ -28,10 +28,10 @@ AHEAD = {"cpu": 1, "cuda": 64}
 
 class Source(NamedTuple):
     classes: int
-    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
-    std: tuple[float, ...]
-    read: Callable[[Path], tuple[np.ndarray, ...]]  # data directory -> x_train, y_train, x_test, y_test
-    flips: bool = True  # whether training flips images: a mirrored digit is another one
+    mean: tuple[float, ...] | None  # per channel, of pixels in [0, 1]; None for arrays that are taken as they are
+    std: tuple[float, ...] | None
+    read: Callable[[Path], tuple[np.ndarray, ...]] | None  # data directory -> x_train, y_train, x_test, y_test
+    augment: str = "flip crop"  # in training; no flip of digits: a mirrored one is another one
 
 
 class Data(NamedTuple):
@@ -39,15 +39,21 @@ class Data(NamedTuple):
     train: object  # .epoch(e) yields (x, y) batches; len() batches; .samples
     test: object
     facts: dict  # what identifies the data, see `describe`
+    example: torch.Tensor  # a mini-batch of two samples, its values aside
+
+
+def is_own(name):
+    """Whether `name` is FILE.py:FUNCTION, folder:DIR[@SIZE] or npz:FILE."""
+    return ".py:" in name or name.startswith(("folder:", "npz:"))
 
 
 def check_name(name):
     """Raise UserError, with the closest names, unless `name` is a data set."""
     names = [*SOURCES, "ImageNet"]
-    if name not in names:
+    if name not in names and not is_own(name):
         lower = {known.lower(): known for known in names}
         close = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=2, cutoff=0.5)]
-        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
+        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}, and data of your own"
         raise UserError(f"--datasets: no data set {name!r}; {hint}")
 
 
@@ -55,24 +61,30 @@ def load(name, root, *, batch_size, device, seed, corrupt=0.0, part=None, worker
     """Data(classes, train, test) of data set `name` under directory `root`.
 
     `part` keeps the first int(part N) training samples; then the first int(corrupt n) labels of what is left are
-    redrawn (`noisy_labels`). Image folders, which are sorted by class, have both drawn (`imagenet.load`). Raises
-    UserError for missing or malformed data.
+    redrawn (`noisy_labels`). Of image folders and torch Datasets, often sorted by class, both are drawn
+    (`loader.load`). Raises UserError for missing or malformed data.
     """
     check_name(name)
-    if name == "ImageNet":
-        from datasets import imagenet
+    options = {"batch_size": batch_size, "device": device, "seed": seed, "corrupt": corrupt, "part": part}
+    if name in SOURCES:
+        source = SOURCES[name]
+        arrays = source.read(Path(root))
+    else:
+        from datasets import loader, own
 
-        return imagenet.load(root, batch_size=batch_size, device=device, seed=seed, corrupt=corrupt, part=part,
-                             workers=workers)
-    source = SOURCES[name]
-    arrays = x_train, y_train, x_test, y_test = source.read(Path(root))
+        if name == "ImageNet" or name.startswith("folder:"):
+            return loader.load(*loader.read_folders(name, root), workers=workers, **options)
+        source, arrays = own.read(name)
+        if source is None:
+            return loader.load(*arrays, workers=workers, **options)
+    x_train, y_train, x_test, y_test = arrays
     keep = kept_samples(len(x_train), part)
     warn_of_missing(y_train[:keep], source.classes, part)
     y_train = noisy_labels(y_train[:keep], corrupt, source.classes, seed)
-    train = ImageBatches(x_train[:keep], y_train, source, batch_size, device, seed=seed, shuffle=True,
+    train = ArrayBatches(x_train[:keep], y_train, source, batch_size, device, seed=seed, shuffle=True,
                          augment=True)
-    test = ImageBatches(x_test, y_test, source, EVALUATION_BATCH[torch.device(device).type], device)
-    return Data(source.classes, train, test, describe(source.classes, train, test, arrays, y_train))
+    test = ArrayBatches(x_test, y_test, source, EVALUATION_BATCH[torch.device(device).type], device)
+    return Data(source.classes, train, test, describe(source.classes, train, test, arrays, y_train), train.example())
 
 
 def describe(classes, train, test, content, labels):
@@ -106,6 +118,17 @@ def warn_of_missing(labels, classes, part):
               flush=True)
 
 
+def moments(chunks):
+    """Mean and standard deviation per channel, in [0, 1], of images (N, H, W, C) uint8 in chunks of them."""
+    levels = np.arange(256) / 255
+    counts = sum(np.stack([np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(chunk, 3, 0)])
+                 for chunk in chunks)
+    shares = counts / counts.sum(1, keepdims=True)
+    mean = shares @ levels
+    variance = (shares * (levels - mean[:, None]) ** 2).sum(1)
+    return tuple(mean.tolist()), tuple(np.sqrt(variance).clip(1 / 255).tolist())  # a constant channel becomes zeros
+
+
 def noisy_labels(labels, corrupt, classes, seed, order=None):
     """A copy of `labels` (n,), the first int(corrupt n) redrawn uniformly over all classes, the true one included.
 
@@ -135,41 +158,53 @@ def shares(samples, batch_size, training):
     return ranges if training else [(first, last) for first, last in ranges if first < last]
 
 
-class ImageBatches:
-    """Batches of 32 x 32 images held on the device as uint8, normalised and, in training, augmented there.
+class ArrayBatches:
+    """Batches of arrays held on the device: images of H x W pixels as uint8, normalised and, in training, augmented
+    there; anything else as it is.
 
-    epoch(e) yields x (B, 3, 32, 32) float32 in channels_last memory and y (B,) int64; the last batch may be
+    epoch(e) yields x, for images (B, C, H, W) float32 in channels_last memory, and y (B,) int64; the last batch may be
     smaller.
     Each rank gets its part of every batch, cut from the same order; `sizes` are those of whole batches.
-    The augmentation has the same distribution as torchvision's RandomHorizontalFlip, RandomCrop(32, padding=4),
-    ToTensor and Normalize: each sample draws a flip (p 1/2, but none of digits) and one of 9 x 9 windows of the
-    zero-padded image.
+    The augmentation has the same distribution as torchvision's RandomHorizontalFlip, RandomCrop(H, padding=4),
+    ToTensor and Normalize: each sample draws a flip (p 1/2) and one of 9 x 9 windows of the zero-padded image, where
+    `source.augment` names "flip" and "crop".
     """
 
     PAD = 4
 
     def __init__(self, images, labels, source, batch_size, device, *, seed=0, shuffle=False, augment=False):
-        """images (N, 32, 32, 3) uint8, labels (N,) integer."""
+        """images (N, H, W, C) uint8, or (N, ...) float32 of a source without mean; labels (N,) integer."""
         self.images = torch.as_tensor(images, device=device)
-        if augment:
-            self.images = F.pad(self.images, (0, 0) + (self.PAD,) * 4)  # (N, 40, 40, 3)
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
-        self.mean = torch.tensor(source.mean, device=device)
-        self.std = torch.tensor(source.std, device=device)
+        self.shape = self.images.shape[1:]
+        self.flips, crops = ("flip" in source.augment, "crop" in source.augment)
+        self.augment, self.pad = augment and (self.flips or crops), self.PAD * crops
+        if self.augment:
+            self.images = F.pad(self.images, (0, 0) + (self.pad,) * 4)  # (N, H + 8, W + 8, C)
+        self.mean, self.std = source.mean, source.std
+        if source.mean is not None:
+            self.mean, self.std = (torch.tensor(value, device=device) for value in (source.mean, source.std))
         self.batch_size, self.device, self.seed = batch_size, device, seed
-        self.shuffle, self.augment, self.samples, self.flips = shuffle, augment, len(labels), source.flips
+        self.shuffle, self.samples = shuffle, len(labels)
         self.sizes = batch_sizes(self.samples, batch_size)
         self.parts = shares(self.samples, batch_size, training=shuffle)
 
     def __len__(self):
         return len(self.sizes)
 
+    def example(self):
+        """Zeros of the shape of two samples, on the CPU."""
+        if self.mean is None:
+            return torch.zeros(2, *self.shape)
+        height, width, channels = self.shape
+        return torch.zeros(2, channels, height, width)
+
     def draws(self, epoch):
         """Order (N,), and for the i-th sample in it flip (N,) in {0, 1} and window offsets top, left (N,) in 0..8."""
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(self.samples) if self.shuffle else np.arange(self.samples)
         flip = rng.integers(0, 2, self.samples) * self.flips
-        top, left = rng.integers(0, 2 * self.PAD + 1, (2, self.samples))
+        top, left = rng.integers(0, 2 * self.pad + 1, (2, self.samples))
         return torch.from_numpy(np.stack([order, flip, top, left])).to(self.device)
 
     def epoch(self, epoch):
@@ -183,16 +218,18 @@ class ImageBatches:
             yield from zip(x.split(sizes), y.split(sizes), strict=True)
 
     def pixels(self, index, flip, top, left):
-        """The images at `index`, flipped where flip is 1, cropped at (top, left), normalised: (B, 3, 32, 32)."""
+        """The samples at `index`; images are flipped where flip is 1, cropped at (top, left) and normalised."""
         if self.augment:
-            steps = torch.arange(32, device=self.device)
-            rows = top[:, None] + steps  # (B, 32)
-            columns = left[:, None] + steps
+            height, width, _ = self.shape
+            rows = top[:, None] + torch.arange(height, device=self.device)  # (B, H)
+            columns = left[:, None] + torch.arange(width, device=self.device)
             # the window at `left` of the flipped image, read from the unflipped one
             columns = torch.where(flip[:, None] == 1, self.images.shape[2] - 1 - columns, columns)
             x = self.images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
         else:
             x = self.images[index]
+        if self.mean is None:
+            return x
         x = x.float().div_(255).sub_(self.mean).div_(self.std)  # ToTensor and Normalize, in their order of rounding
         return x.permute(0, 3, 1, 2)
 
@@ -200,18 +237,43 @@ class ImageBatches:
 # ----------------------------------------------------------------------------------------------- reading
 
 
-def check_arrays(arrays, classes, where):
-    """Raise UserError unless arrays are x_train, y_train, x_test, y_test of a 32 x 32 RGB data set."""
+def check_arrays(arrays, classes, where, shape=None):
+    """Raise UserError unless arrays are x_train, y_train, x_test, y_test: images (N, *shape) uint8, labels (N,).
+
+    Without `shape` images are (N, H, W, 1 or 3), and floating-point arrays (N, ...) are taken too.
+    """
     for images, labels, split in zip(arrays[::2], arrays[1::2], ("train", "test"), strict=True):
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
-            raise UserError(f"{where}: x_{split} must be (N, 32, 32, 3) uint8, not {images.shape} {images.dtype}")
+        pixels = images.dtype == np.uint8 and images.ndim == 4 and (
+            images.shape[1:] == shape if shape else images.shape[3] in (1, 3))
+        values = shape is None and images.dtype.kind == "f" and images.ndim > 1
+        if not (pixels or values):
+            wanted = f"(N, {', '.join(map(str, shape))}) uint8" if shape else (
+                "(N, H, W) or (N, H, W, 1 or 3) uint8, or floating-point")
+            raise UserError(f"{where}: x_{split} must be {wanted}, not {images.shape} {images.dtype}")
+        if images.shape[1:] != arrays[0].shape[1:] or images.dtype != arrays[0].dtype:
+            raise UserError(f"{where}: x_{split} must be like x_train, {arrays[0].shape[1:]} {arrays[0].dtype}, not "
+                            f"{images.shape[1:]} {images.dtype}")
         if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
             raise UserError(f"{where}: y_{split} must be ({len(images)},) integer, not {labels.shape} {labels.dtype}")
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
-            raise UserError(f"{where}: y_{split} must hold labels 0 to {classes - 1}")
-        if images.max() <= 1:
+            found = f"{labels.min()} to {labels.max()}" if len(labels) else "none"
+            raise UserError(f"{where}: y_{split} must hold labels 0 to {classes - 1}, not {found}")
+        if pixels and images.max() <= 1:
             raise UserError(f"{where}: x_{split} must hold pixels of 0 to 255; its largest is {images.max()}")
+        if values and not np.isfinite(images).all():
+            raise UserError(f"{where}: x_{split} holds NaN or infinite values")
     return arrays
+
+
+def read_npz(path, where):
+    """x_train, y_train, x_test, y_test of a file; UserError if it cannot be read, or lacks one of them."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return [file[key] for key in ("x_train", "y_train", "x_test", "y_test")]
+    except FileNotFoundError as error:
+        raise UserError(f"{where}: there is no file {path}") from error
+    except Exception as error:  # truncated, foreign, pickled, or without one of the arrays
+        raise UserError(f"{where} cannot be read as x_train, y_train, x_test, y_test: {error}") from error
 
 
 def read_cifar(classes):
@@ -220,13 +282,8 @@ def read_cifar(classes):
     def read(root):
         path = root / f"cifar{classes}.npz"
         if path.is_file():
-            try:
-                with np.load(path, allow_pickle=False) as file:
-                    arrays = [file[key] for key in ("x_train", "y_train", "x_test", "y_test")]
-            except Exception as error:  # truncated, foreign, pickled, or without one of the arrays
-                raise UserError(f"{path} cannot be read as x_train, y_train, x_test, y_test: {error}") from error
-            return check_arrays(arrays, classes, path)
-        splits = download(f"CIFAR{classes}", root, f"or put {path} there (see the README, air-gapped use)")
+            return check_arrays(read_npz(path, path), classes, path, (32, 32, 3))
+        splits = download(f"CIFAR{classes}", root, f"or put {path} there (docs/install.md says how)")
         return [array for split in splits for array in (split.data, np.asarray(split.targets))]
 
     return read
@@ -277,7 +334,7 @@ SOURCES = {
     "CIFAR10": Source(10, IMAGENET_MEAN, IMAGENET_STD, read_cifar(10)),
     "CIFAR100": Source(100, (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047),
                        read_cifar(100)),
-    "MNIST": Source(10, (0.1307,) * 3, (0.3081,) * 3, read_mnist("MNIST"), flips=False),
+    "MNIST": Source(10, (0.1307,) * 3, (0.3081,) * 3, read_mnist("MNIST"), "crop"),
     "FashionMNIST": Source(10, (0.2860,) * 3, (0.3530,) * 3, read_mnist("FashionMNIST")),
-    "digits": Source(10, (0.3054,) * 3, (0.3237,) * 3, read_digits, flips=False),
+    "digits": Source(10, (0.3054,) * 3, (0.3237,) * 3, read_digits, "crop"),
 }

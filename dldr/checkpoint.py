@@ -1,10 +1,8 @@
-"""Run directory: atomic writes, checkpoints, log, summary."""
+"""A run: what a start means, its directory, checkpoints, log, summary and lines on the console."""
 import contextlib
 import errno
 import fcntl
 import importlib.metadata
-import importlib.util
-import io
 import json
 import math
 import os
@@ -15,10 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
-import zipfile
 import zlib
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -26,183 +21,23 @@ import torch
 
 from dldr import distributed
 from dldr.errors import UserError
-
-# ------------------------------------------------------------------------------------------------------ single files
-
-
-def write_atomically(path, data):
-    """Atomic write (temporary file, fsync, rename) of bytes, on rank 0, in a folder that is made if need be."""
-    if distributed.rank():
-        return path
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the new name, too
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a file system whose directories cannot be flushed (CIFS)
-                raise
-        finally:
-            os.close(directory)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({len(data):,} bytes): {error.strerror or error}") from error
-    return path
-
-
-def save_tensors(path, value):
-    """torch.save of nested dicts of tensors, atomically; raises UserError with path and size if that fails."""
-    if distributed.rank():
-        return path
-    value = cpu_copy(value)  # clone, since torch.save stores a view's whole storage
-    buffer = io.BytesIO()  # torch.save reports a full disk as a RuntimeError of its own wording; a file says OSError
-    torch.save(value, buffer)
-    return write_atomically(path, buffer.getbuffer())
-
-
-def checksum(path):
-    """Of a file by torch.save, from the checksums that its directory carries; "" for one of another format."""
-    if not zipfile.is_zipfile(path):
-        return ""
-    with zipfile.ZipFile(path) as archive:
-        entries = [(entry.filename, entry.CRC) for entry in archive.infolist()]
-    return f"{zlib.crc32(repr(entries).encode()):08x}"
-
-
-def save_json(path, value):
-    """JSON, atomically; raises UserError like `save_tensors`."""
-    return write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def load_file(path, what, mmap=False):
-    """A dict of tensors and plain values from a file; raises UserError if it is missing or unreadable.
-
-    Only tensors and plain values are unpickled: a file from elsewhere cannot run code. torch.save's checksums, which
-    torch.load ignores, are compared, so that a flipped bit is found. `mmap`: the tensors are memory-mapped.
-    """
-    try:
-        if zipfile.is_zipfile(path):  # the official release's older format is not
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"{damaged!r} in it is damaged")
-        with warnings.catch_warnings(action="ignore"):  # torch's guesses about files that are none
-            value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no {what} at this path") from error
-    except Exception as error:  # invalid files raise many exception types
-        if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"{what} {path} holds a pickled {refused[1]}; only tensors, numbers, strings, lists and "
-                            "dicts are read: save its state_dict()") from error
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{what} {path} cannot be read: {reason[:200]} (truncated, or not by torch.save?)") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{what} {path} holds a {type(value).__name__}, not a dict")
-    return value
-
-
-def without_prefixes(key):
-    """A key of a state dict without what DataParallel (`module.`) or torch.compile (`_orig_mod.`) put before it."""
-    return re.sub(r"^((module|_orig_mod)\.)+", "", str(key))
-
-
-def state_dict_in(value, keys):
-    """The state dict in what people save, itself or in a dict beside other things.
-
-    It has the names `keys` where only prefixes (`module.`, `_orig_mod.`) differ from them, on either side.
-    """
-    for name in ("state_dict", "model_state_dict", "model", "net"):
-        if isinstance(value.get(name), dict):
-            value = value[name]
-            break
-    if value.keys() == set(keys):
-        return value
-    bare, names = {without_prefixes(key): item for key, item in value.items()}, {without_prefixes(k): k for k in keys}
-    return {names[key]: item for key, item in bare.items()} if bare.keys() == names.keys() else bare
-
-
-def load_json(path):
-    """A JSON object from a file, or None if there is no such file; raises UserError if it is damaged."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
-
-
-def load_function(spec, flag):
-    """The function of FILE.py:FUNCTION; raises UserError, naming the flag, if there is none."""
-    file, name = spec.rsplit(":", 1)
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"{flag} {spec}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(f"_file_{path.stem}", path)  # no module of ours has this name
-    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)  # where dataclasses look
-    module_spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"{flag} {spec}: {path} has no function {name}")
-    return getattr(module, name)
-
-
-def differences(then, now):
-    """Where `now` differs from `then`: "lr 0.1 -> 0.2, ...", or "" if nowhere."""
-    return ", ".join(f"{key} {then.get(key)} -> {value}" for key, value in now.items() if value != then.get(key))
-
-
-def load_model(model, state, path):
-    """model.load_state_dict of `state_dict_in`, with one line that names the file if it does not fit."""
-    try:
-        model.load_state_dict(state_dict_in(state, list(model.state_dict())))
-    except (RuntimeError, AttributeError) as error:
-        raise UserError(f"{path} does not fit the network of --arch and --datasets: {error}"[:400]) from error
-
-
-def cpu_copy(value):
-    """A copy of nested dicts, lists and tensors that shares no memory with the original, tensors on the CPU.
-
-    Small tensors of a GPU come in one transfer for each dtype, instead of one and a wait for each.
-    """
-    small = {}  # dtype -> tensors
-    for x in tensors_in(value):
-        if x.is_cuda and x.numel() < 2**20:
-            small.setdefault(x.dtype, {})[id(x)] = x
-    copies = {}
-    for tensors in small.values():
-        flat = torch.cat([x.detach().reshape(-1) for x in tensors.values()]).cpu()
-        for x, part in zip(tensors.values(), flat.split([x.numel() for x in tensors.values()]), strict=True):
-            copies[id(x)] = part.view(x.shape).clone()
-
-    def copy(value):
-        if isinstance(value, torch.Tensor):
-            return copies[id(value)] if id(value) in copies else value.detach().to("cpu", copy=True)
-        if isinstance(value, dict):
-            return {key: copy(item) for key, item in value.items()}
-        return [copy(item) for item in value] if isinstance(value, list) else value
-
-    return copy(value)
-
-
-def tensors_in(value):
-    """The tensors of nested dicts and lists."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from tensors_in(item)
-
-
-# ------------------------------------------------------------------------------------------------------------- a run
+from dldr.files import checksum, cpu_copy, load_file, load_json, load_model, save_json, save_tensors, write_atomically
 
 FORMAT = 2  # of checkpoints; those without a number are of revision 4748ea4 and before
+FILES = r"(args|summary)\.json|log\.jsonl|(checkpoint|final)\.pt"  # after the method and "_"; of sgd also:
+SNAPSHOTS = r"\d+\.pt|sgd_snapshots\.json"
+COLUMNS = {  # of the epoch lines: heading -> key in the log, format; at most 100 characters in all
+    "lr": ("lr", "8.3g"),
+    "train loss": ("train_loss", "#10.4g"),
+    "train %": ("train_accuracy", "7.2f"),
+    "test loss": ("test_loss", "#9.4g"),
+    "test %": ("test_accuracy", "6.2f"),
+    "top-5 %": ("test_top5", "7.2f"),
+    "best %": ("best_accuracy", "6.2f"),
+    "at": ("best_epoch", "4d"),
+    "trials": ("trials_per_step", "6.2f"),
+    "seconds": ("seconds", "7.1f"),
+}
 
 
 class Run:
@@ -217,10 +52,11 @@ class Run:
         `snapshots`: the files of the window, in a subspace method.
         """
         self.method, self.args, self.changeable, self.snapshots = method, args, set(changeable), snapshots
+        self.epochs, self.seed, self.save_every = args["epochs"], args["randomseed"], args["save_every"]
         self.directory = Path(args.get("output_dir") or args["save_dir"])
         self.flag = "--output-dir" if "output_dir" in args else "--save-dir"
         self.start, self.seconds = time.perf_counter(), dict.fromkeys(("load", "basis", "train", "eval"), 0.0)
-        self.log, self.facts, self.lock = [], {}, None
+        self.log, self.facts, self.lock, self.header = [], {}, None, False
 
     def path(self, name):
         return self.directory / f"{self.method}_{name}"
@@ -241,8 +77,10 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ starting, resuming
 
-    def finished(self):
-        """Whether there is nothing to do; else the run may start, or resume. Reads only.
+    def may_start(self, data_facts):
+        """Whether to start or resume; False if the run is finished; UserError if the table refuses. Reads only.
+
+        data_facts() is called, to compare the data, where all else says that the run is finished.
 
         | directory              | no flag                     | --resume auto              | --overwrite |
         |------------------------|-----------------------------|----------------------------|-------------|
@@ -254,47 +92,54 @@ class Run:
         Starting over removes what lies there first. --resume PATH starts from that checkpoint, where --resume auto
         would start or resume. Flags that may change (more --epochs, say) are the same flags.
         """
-        args = self.args
-        if args["evaluate"] or args["overwrite"]:
-            return False
-        if not any(path.is_file() and path.stat().st_size for path in self.results()):
-            return False
+        if self.args["evaluate"] or self.args["overwrite"] or not self.has_results():
+            return True
         before = load_json(self.path("args.json"))
-        changed = "unknown ones" if before is None else self.changes(before.get("args", {}))
+        changed = "unknown ones" if before is None else self.changed_flags(before.get("args", {}))
         if changed:
             raise UserError(f"{self.directory} holds a {self.method} run with other flags ({changed}); choose another "
                             f"{self.flag}, or start over with --overwrite")
         summary = load_json(self.path("summary.json"))
-        newest = max((path.stat().st_mtime for path in self.snapshots), default=0)
-        done = (summary is not None and summary.get("epochs") == args["epochs"]
-                and summary["args"].get("data") == args["data"]  # else the data are compared first, on resuming
-                and newest <= self.path("summary.json").stat().st_mtime)  # else it is of other snapshots
-        if done and args["resume"] not in ("", "auto"):
-            raise UserError(f"{self.directory} holds a finished {self.method} run with these flags: --resume "
-                            f"{args['resume']} would replace it; choose another {self.flag}, or remove its files")
-        if not args["resume"]:
-            raise UserError(f"{self.directory} holds {'a finished' if done else 'an unfinished'} {self.method} run "
-                            f"with these flags; {'keep' if done else 'resume'} it with --resume auto, or start over "
-                            "with --overwrite")
-        if done and args["resume"] == "auto" and distributed.rank() == 0:
+        finished = (summary is not None and summary.get("epochs") == self.epochs
+                    and summary.get("snapshots_checksum") == self.snapshots_checksum())
+        if not self.args["resume"] or finished and self.args["resume"] != "auto":
+            state, keep = ("a finished", "keep") if finished else ("an unfinished", "resume")
+            raise UserError(f"{self.directory} holds {state} {self.method} run with these flags; {keep} it with "
+                            f"--resume auto, start over with --overwrite, or choose another {self.flag}")
+        if not finished:
+            return True
+        facts = data_facts()
+        self.check_data(self.path("summary.json"), summary.get("data", facts), facts)
+        if distributed.rank() == 0:
             print(f"{self.path('summary.json')}: already finished, nothing to do", flush=True)
             print_summary(summary)
-        return done and args["resume"] == "auto"
+        return False
 
-    def results(self):
-        """Files that make a directory that of a run of this method."""
-        samples = self.args.get("samples_per_epoch") or 1
-        first = self.directory / f"{self.args.get('start_epoch', 0) * samples + 1}.pt"
-        return [*(self.path(name) for name in ("log.jsonl", "checkpoint.pt", "final.pt", "summary.json")),
-                *([first] if self.method == "sgd" else [])]
+    def check_data(self, path, then, now):
+        """Raise UserError if the data are not those that the run of the file `path` was trained on."""
+        if changed := what_changed(then, now):
+            raise UserError(f"{path} is of other data than --datasets {self.args['datasets']} --data "
+                            f"{self.args['data']}: {changed}")
 
-    def changes(self, then):
+    def snapshots_checksum(self):
+        """One checksum of all snapshots of the window; None in train_sgd.py."""
+        checksums = [checksum(path) for path in self.snapshots]
+        return f"{zlib.crc32(repr(checksums).encode()):08x}" if checksums else None
+
+    def has_results(self):
+        """Whether the directory holds more of a run of this method than its start."""
+        names = [f"{self.method}_{name}" for name in ("log.jsonl", "checkpoint.pt", "final.pt", "summary.json")]
+        if self.method == "sgd":
+            names.append(f"{self.args['start_epoch'] * self.args['samples_per_epoch'] + 1}.pt")
+        return any(path.is_file() and path.stat().st_size for path in map(self.directory.joinpath, names))
+
+    def changed_flags(self, then):
         """How the flags differ from `then`, ignoring those that may change: "lr 0.1 -> 0.2, ...", or ""."""
         # what files from before these flags mean
-        then = {"sync_bn": False, "snapshot_dtype": "float32", "allow_mismatch": [], **then}
-        return differences(then, {key: value for key, value in self.args.items() if key not in self.changeable})
+        then = {"sync_bn": False, "snapshot_dtype": "float32", "allow_mismatch": [], "start": "first", **then}
+        return what_changed(then, {key: value for key, value in self.args.items() if key not in self.changeable})
 
-    def take_directory(self):
+    def prepare_directory(self):
         """Make the directory and lock it (the OS releases the lock on exit); with --overwrite empty it. On rank 0.
 
         Raises UserError if it cannot be written, or if another process is writing to it.
@@ -303,9 +148,6 @@ class Run:
             return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.flag} {self.directory} cannot be made: {error.strerror}") from error
-        try:
             self.lock = open(self.directory / f".{self.method}.lock", "w")
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -316,20 +158,20 @@ class Run:
                 raise UserError(f"{self.flag} {self.directory} cannot be written to: {error.strerror}") from error
             print(f"warning: the file system of {self.directory} has no locks: nothing keeps another process out of it",
                   file=sys.stderr, flush=True)
-        stale = list(self.directory.glob(f".{self.method}_*.tmp"))  # of a run that was killed while writing
-        snapshots = [path for path in self.directory.iterdir() if re.fullmatch(r"\d+\.pt|\.\d+\.pt\.tmp", path.name)]
-        if self.args["overwrite"]:
-            stale += [*self.results(), self.path("args.json"), self.path("snapshots.json")]
-        if self.method == "sgd":
-            stale += [path for path in snapshots if self.args["overwrite"] or path.suffix == ".tmp"]
-        for path in stale:
-            path.unlink(missing_ok=True)
+        ours = rf"{self.method}_({FILES})" + (f"|{SNAPSHOTS}" if self.method == "sgd" else "")
+        stale = rf"\.({ours})\.tmp" + (f"|{ours}" if self.args["overwrite"] else "")  # .tmp: killed while writing
+        for path in self.directory.iterdir():
+            if re.fullmatch(stale, path.name):
+                path.unlink(missing_ok=True)
 
-    def has_checkpoint(self):
-        """Whether this run resumes: from --resume PATH, or with auto from its own checkpoint if it has left one."""
-        return self.path("checkpoint.pt").is_file() if self.args["resume"] == "auto" else bool(self.args["resume"])
+    def checkpoint_to_resume(self):
+        """The file of --resume PATH, or with auto the run's own checkpoint if there is one; None for a new start."""
+        own = self.path("checkpoint.pt")
+        if self.args["resume"] == "auto":
+            return own if own.is_file() else None
+        return Path(self.args["resume"]) if self.args["resume"] else None
 
-    def begin(self, data, w, *, snapshots, explained=None, sampling=None, writes=0):
+    def describe(self, data, w, *, snapshots, explained=None, sampling=None, writes=0):
         """Print what is trained, and keep it for the summary.
 
         `explained`: the variance shares of the basis, if any; `sampling`: how its snapshots were made. `writes`: bytes
@@ -347,6 +189,7 @@ class Run:
             "parameters_trained": k or w.numel(),
             "n_components": k,
             "snapshots": snapshots,
+            "snapshots_checksum": self.snapshots_checksum(),
             **({"sampling": sampling} if sampling else {}),
             "explained_variance": {"total": sum(explained), "per_component": explained} if explained else None,
         }
@@ -357,11 +200,13 @@ class Run:
             print(f"basis: {k} components of {snapshots} snapshots explain {100 * sum(explained):.4f}% of the "
                   "variance; each (%): " + " ".join(f"{100 * share:.3g}" for share in explained), flush=True)
 
-    def first_epoch(self, model, optimizer):
-        """Restore the checkpoint, or start over; returns the index of the first epoch to train."""
+    def start_or_resume(self, model, optimizer):
+        """Restore the checkpoint if there is one; remove what goes with no earlier start; write args and log.
+
+        Returns the index of the first epoch to train.
+        """
         first = self.args["start_epoch"]
-        if self.has_checkpoint():
-            path = self.path("checkpoint.pt") if self.args["resume"] == "auto" else Path(self.args["resume"])
+        if path := self.checkpoint_to_resume():
             first = self.restore(path, model, optimizer)
             if path != self.path("checkpoint.pt"):  # --resume auto means this one from now on
                 self.save("checkpoint.pt", self.state(first, model, optimizer))
@@ -374,16 +219,6 @@ class Run:
         self.write_log()
         return first
 
-    def save_snapshot(self, index, state):
-        """Save the state dict number `index` of the trajectory, and its checksum in sgd_snapshots.json."""
-        path = save_tensors(self.directory / f"{index}.pt", state)
-        if distributed.rank() == 0:
-            known = load_json(self.path("snapshots.json")) or {}
-            save_json(self.path("snapshots.json"), {**known, str(index): checksum(path)})
-
-    def write_log(self):
-        write_atomically(self.path("log.jsonl"), "".join(json.dumps(line) + "\n" for line in self.log).encode())
-
     def restore(self, path, model, optimizer):
         """Load a checkpoint, with the log as it was then; returns the index of the next epoch."""
         state = load_file(path, "checkpoint (--resume)")
@@ -393,13 +228,11 @@ class Run:
         kinds = {"epoch": int, "log": list, **dict.fromkeys(("model", "seconds", "optimizer", "facts", "args"), dict)}
         if state.get("method") != self.method or not all(isinstance(state.get(k), kind) for k, kind in kinds.items()):
             raise UserError(f"--resume {path} is not a checkpoint of this script ({self.method}_checkpoint.pt)")
-        changed = self.changes(state["args"])
-        if changed:
+        if changed := self.changed_flags(state["args"]):
             raise UserError(f"--resume {path} is of another experiment: {changed}")
-        if state["epoch"] > self.args["epochs"]:
-            raise UserError(f"--resume {path} is past --epochs {self.args['epochs']}: it has {state['epoch']}")
-        if changed := differences(state["facts"].get("data", {}), self.facts["data"]):  # --data may have moved
-            raise UserError(f"--resume {path} is of other data than --data {self.args['data']}: {changed}")
+        if state["epoch"] > self.epochs:
+            raise UserError(f"--resume {path} is past --epochs {self.epochs}: it has {state['epoch']}")
+        self.check_data(f"--resume {path}", state["facts"].get("data", {}), self.facts["data"])  # which may have moved
         shares = [facts["explained_variance"] for facts in (state["facts"], self.facts)]
         if shares[0] and not np.allclose(*(share["per_component"] for share in shares), rtol=1e-4):
             raise UserError(f"--resume {path} was made with different snapshots than those in --save-dir")
@@ -424,12 +257,20 @@ class Run:
                          "optimizer": optimizer.state_dict(), "seconds": seconds, "log": self.log,
                          "facts": self.facts, "args": self.args})
 
-    # ------------------------------------------------------------------------------------------ log and summary
+    # --------------------------------------------------------------------------------- snapshots, log and summary
+
+    def save_snapshot(self, index, state):
+        """Save the state dict number `index` of the trajectory, and its checksum in sgd_snapshots.json."""
+        path = save_tensors(self.directory / f"{index}.pt", state)
+        if distributed.rank() == 0:
+            known = load_json(self.path("snapshots.json")) or {}
+            save_json(self.path("snapshots.json"), {**known, str(index): checksum(path)})
+
+    def write_log(self):
+        write_atomically(self.path("log.jsonl"), "".join(json.dumps(line) + "\n" for line in self.log).encode())
 
     def log_epoch(self, epoch, lr, train, test, seconds, statistics):
-        """Append one JSON line to the log and print the same as one line of text. Accuracies in percent."""
-        best = max(self.log, key=lambda line: line["test_accuracy"], default=None)
-        improved = best is None or test["accuracy"] > best["test_accuracy"]
+        """Append one JSON line to the log, and print what COLUMNS has of it. Accuracies in percent."""
         line = {
             "epoch": epoch + 1,
             "lr": lr,
@@ -437,8 +278,11 @@ class Run:
             "train_accuracy": train["accuracy"],
             "test_loss": test["loss"],
             "test_accuracy": test["accuracy"],
-            "best_accuracy": test["accuracy"] if improved else best["test_accuracy"],
-            "best_epoch": epoch + 1 if improved else best["epoch"],
+        }
+        best = max([*self.log, line], key=lambda line: line["test_accuracy"])  # the first of equals
+        line |= {
+            "best_accuracy": best["test_accuracy"],
+            "best_epoch": best["epoch"],
             "seconds": round(seconds, 3),
             "samples_per_second": round(train["samples"] / seconds, 1),
             **({"test_top5": test["top5"]} if "top5" in test else {}),
@@ -452,38 +296,35 @@ class Run:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise UserError(f"{self.path('log.jsonl')} cannot be written: {error.strerror}") from error
-        trials = f"  trials {line['trials_per_step']:5.2f}" if "trials_per_step" in statistics else ""
-        text = ("epoch {epoch:4d}/{epochs}  lr {lr:<7.4g} train loss {train_loss:7.4f} acc {train_accuracy:6.2f}%  "
-                "test loss {test_loss:7.4f} acc {test_accuracy:6.2f}%  best {best_accuracy:6.2f}% @{best_epoch:<4d}"
-                "{trials}  {seconds:7.1f} s {samples_per_second:8.0f}/s")
-        if "top5" in test:
-            trials = f"  top-5 {test['top5']:6.2f}%{trials}"
-        print(text.format(**line, epochs=self.args["epochs"], trials=trials), flush=True)
+        cells = {heading: format(line[key], form) for heading, (key, form) in COLUMNS.items() if key in line}
+        cells = {"epoch": f"{epoch + 1}/{self.epochs}".rjust(9), **cells}
+        if not self.header:
+            print(*(heading.rjust(len(cell)) for heading, cell in cells.items()), sep="  ")
+            self.header = True
+        print(*cells.values(), sep="  ", flush=True)
 
     def finish(self, device):
         """Write and return the summary, and print its line."""
-        args = self.args
-        accuracies = ("test_accuracy", "best_accuracy", "best_epoch", "train_accuracy")
-        last = self.log[-1] if self.log else dict.fromkeys(accuracies)
+        last, args = self.log[-1] if self.log else {}, self.args
         seconds = {**self.seconds, "total": time.perf_counter() - self.start}
         summary = {
             "method": self.method,
             "dataset": args["datasets"],
             "arch": args["arch"],
-            "seed": args["randomseed"],
+            "seed": self.seed,
             "corrupt": args["corrupt"],
             **self.facts,
-            "epochs": args["epochs"],
-            "test_accuracy_last": last["test_accuracy"],
-            "test_accuracy_best": last["best_accuracy"],
-            "best_epoch": last["best_epoch"],
-            "train_accuracy_last": last["train_accuracy"],
+            "epochs": self.epochs,
+            "test_accuracy_last": last.get("test_accuracy"),
+            "test_accuracy_best": last.get("best_accuracy"),
+            "best_epoch": last.get("best_epoch"),
+            "train_accuracy_last": last.get("train_accuracy"),
             **({"test_top5_last": last["test_top5"]} if "test_top5" in last else {}),
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "args": args,
             "command": command_line(),
             **provenance(device),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         }
         self.write_log()  # on the disk for certain before the summary is
         save_json(self.path("summary.json"), summary)
@@ -500,6 +341,11 @@ def print_summary(summary):
           f"seconds={summary['seconds']['total']:.1f}", flush=True)
 
 
+def what_changed(then, now):
+    """Where `now` differs from `then`: "lr 0.1 -> 0.2, ...", or "" if nowhere."""
+    return ", ".join(f"{key} {then.get(key)} -> {value}" for key, value in now.items() if value != then.get(key))
+
+
 def command_line():
     """Command line to reproduce the run."""
     script = Path(sys.argv[0])
@@ -511,37 +357,31 @@ def command_line():
 
 
 def provenance(device):
-    """What a reader needs to know of a result's origin: versions, hardware, revision."""
-    return {"versions": versions(), "hardware": hardware(device), "git_revision": git_revision()}
-
-
-def versions():
-    """Of python and packages, "none" where one is not installed."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    """What a reader needs to know of a result's origin: versions, hardware (no host name), git revision."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     for package in ("torchvision", "scikit-learn"):
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "none"
-    return {**found, "cuda": torch.version.cuda}
-
-
-def hardware(device):
-    """What a figure's reader needs to know of the machine: processor, cores, memory, GPU; no host name."""
+            versions[package] = "none"
     cpu = platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {"device": device.type, "gpu": gpu, "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "processes": distributed.world_size(), "memory_gib": round(memory, 1)}
-
-
-def git_revision():
-    """Commit of this checkout, with "-dirty" if tracked files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    revision = None  # outside a checkout; with "-dirty" if tracked files differ from it
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        revision = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], check=True,
+                                  cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return {
+        "versions": {**versions, "cuda": torch.version.cuda},
+        "hardware": {
+            "device": device.type,
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "cpu": cpu,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "processes": distributed.world_size(),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        },
+        "git_revision": revision,
+    }

@@ -10,7 +10,6 @@ replicated: all ranks take the same steps, since what decides them is reduced fi
 """
 import contextlib
 import datetime
-import functools
 import os
 import sys
 
@@ -39,13 +38,20 @@ def launched() -> int:
 
     Raises UserError if the environment is not as torchrun leaves it.
     """
-    size, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "")
+    size, rank, port = (os.environ.get(*pair) for pair in (("WORLD_SIZE", "1"), ("RANK", ""), ("MASTER_PORT", "")))
     if size == "1":
         return 1
-    if not (size.isdigit() and rank.isdigit() and os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
-        raise UserError(f"the environment has WORLD_SIZE={size} without a valid RANK, MASTER_ADDR and MASTER_PORT: "
-                        "start with torchrun, or unset it")
+    numbers = [size, rank, port, os.environ.get("LOCAL_RANK", "0")]
+    if not (all(x.isdecimal() and len(x) < 10 for x in numbers) and int(rank) < int(size) and 0 < int(port) < 2**16
+            and os.environ.get("MASTER_ADDR")):
+        raise UserError(f"the environment has WORLD_SIZE={size} without a valid RANK, LOCAL_RANK, MASTER_ADDR and "
+                        "MASTER_PORT: start with torchrun, or unset it")
     return int(size)
+
+
+def local_rank() -> int:
+    """Rank among the processes of this machine, which is the index of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if launched() > 1 else 0
 
 
 def init(device: torch.device, timeout: float) -> None:
@@ -56,7 +62,7 @@ def init(device: torch.device, timeout: float) -> None:
     if launched() == 1 or dist.is_initialized():
         return
     cuda = device.type == "cuda"
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store(), world_size=launched(),
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store(timeout), world_size=launched(),
                             rank=int(os.environ["RANK"]), timeout=datetime.timedelta(seconds=timeout),
                             device_id=device if cuda else None)
     if rank():
@@ -68,16 +74,24 @@ def destroy() -> None:
         dist.destroy_process_group()
 
 
-@functools.cache
-def store() -> dist.Store:
-    """torchrun's store, which outlives each of its processes."""
-    return next(iter(dist.rendezvous("env://")))[0]
+STORE = []  # one, or None, once it has been looked for
+
+
+def store(timeout: float = 5) -> dist.Store | None:
+    """torchrun's store, which outlives each of its processes; the first call waits for it so many seconds.
+
+    Raises RuntimeError if it does not come; later calls return None.
+    """
+    if not STORE:
+        STORE.append(None)
+        STORE[0] = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=timeout)))[0]
+    return STORE[0]
 
 
 def first_to_fail() -> bool:
     """Whether no other process has called this before, so that an error is printed once, where it began."""
     try:
-        return launched() == 1 or store().add("failed", 1) == 1
+        return launched() == 1 or (found := store()) is None or found.add("failed", 1) == 1
     except (UserError, RuntimeError):  # an odd environment; or the store has gone with torchrun
         return True
 
@@ -120,16 +134,17 @@ def broadcast(x: Tensor) -> Tensor:
 
 def reduce_scatter(x: Tensor) -> Tensor:
     """This rank's `columns` of the sum over the ranks' vectors x (D,)."""
-    D, d = len(x), part(len(x))
+    D, d = len(x), columns_per_rank(len(x))
     mine = x.new_empty(d)
-    dist.reduce_scatter_tensor(mine, padded(x, world_size() * d))
+    dist.reduce_scatter_tensor(mine, F.pad(x, (0, world_size() * d - D)))
     return mine[: len(range(D)[columns(D)])]
 
 
 def all_gather(mine: Tensor, D: int) -> Tensor:
     """The vector (D,) whose `columns` the ranks hold."""
-    whole = mine.new_empty(world_size() * part(D))
-    dist.all_gather_into_tensor(whole, padded(mine, part(D)))
+    d = columns_per_rank(D)
+    whole = mine.new_empty(world_size() * d)
+    dist.all_gather_into_tensor(whole, F.pad(mine, (0, d - len(mine))))
     return whole[:D]
 
 
@@ -139,19 +154,14 @@ def share(first: int, last: int) -> tuple[int, int]:
     return first + size * rank() // world_size(), first + size * (rank() + 1) // world_size()
 
 
-def part(D: int) -> int:
+def columns_per_rank(D: int) -> int:
     """Length of a rank's part of a vector (D,); the last ones may be shorter, or empty."""
     return -(-D // world_size())
 
 
 def columns(D: int) -> slice:
     """This rank's part of a vector (D,), or of the columns of a matrix."""
-    return slice(min(D, rank() * part(D)), min(D, (rank() + 1) * part(D)))
-
-
-def padded(x: Tensor, length: int) -> Tensor:
-    """x with zeros up to `length`; x itself if it is that long."""
-    return x if len(x) == length else F.pad(x, (0, length - len(x)))
+    return slice(min(D, rank() * columns_per_rank(D)), min(D, (rank() + 1) * columns_per_rank(D)))
 
 
 # ------------------------------------------------------------------------------------------------------- the network

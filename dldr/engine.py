@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dldr import distributed
-from dldr.errors import NonFiniteLoss, Stopped, UserError
+from dldr.errors import Stopped, UserError
 from dldr.graphs import eager
 from dldr.subspace import ProjectedBFGS
 
@@ -72,10 +72,10 @@ def cudnn_benchmark(on):
         torch.backends.cudnn.benchmark = before
 
 
-def seed_everything(seed, epoch=None):
-    """Seed torch from seed (initial weights), or from (seed, epoch, rank) (dropout)."""
+def seed_epoch(seed, epoch):
+    """Seed torch, for dropout and the like, from (seed, epoch, rank)."""
     entropy = [seed, epoch, *([distributed.rank()] if distributed.rank() else [])]
-    torch.manual_seed(seed if epoch is None else int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
 def forward(model, x, half=False):
@@ -93,16 +93,16 @@ class Loop:
     that a line search compares. `accumulate`: mini-batches whose gradients are averaged before a step; a line
     search uses the last of them. `read_every`: iterations between reading losses from the device, which waits for it;
     P-BFGS needs 1. `capture`: see `graphs.capturer`. `network`: the model as the gradient passes call it
-    (DistributedDataParallel).
+    (DistributedDataParallel). `top5`: of the evaluations, see `evaluate`.
 
     The loss is the cross-entropy, summed over this rank's samples and divided by the size of the whole mini-batch, so
     that losses and gradients add up over the ranks.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, half=False, accumulate=1, read_every=1,
-                 capture=eager, network=None):
+                 capture=eager, network=None, top5=False):
         self.model, self.network, self.optimizer = model, network or model, optimizer
-        self.half, self.accumulate = half, accumulate
+        self.half, self.accumulate, self.top5 = half, accumulate, top5
         self.searches = isinstance(optimizer, ProjectedBFGS)
         self.read_every = 1 if self.searches else read_every
         self.device = next(model.parameters()).device
@@ -127,10 +127,8 @@ class Loop:
     def update(self, x, y, size, loss):
         """A step from the parameters' gradients; (x, y) and `loss` are those of the last mini-batch."""
         if self.searches:
-            def trial_loss():
-                return distributed.all_reduce(self.trial_loss(x, y, size).double())
-
-            self.optimizer.search(None if self.half else loss, trial_loss)
+            self.optimizer.search(None if self.half else loss,
+                                  lambda: distributed.all_reduce(self.trial_loss(x, y, size).double()))
         else:
             self.step(self.optimizer.param_groups[0]["lr"])
         self.optimizer.zero_grad(set_to_none=self.set_to_none)
@@ -140,7 +138,8 @@ class Loop:
 
         `sizes`: of the whole mini-batches, of which `batches` are this rank's parts; needed if `batches` has no length.
         after_iteration(i) is called after mini-batch i = 1, 2, ... A shorter group at the end of the epoch counts too.
-        Raises NonFiniteLoss when it reads such a loss: before the step that would use it if read_every is 1.
+        Raises FloatingPointError when it reads a loss that is not finite: before the step that would use it if
+        read_every is 1.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=self.set_to_none)
@@ -159,7 +158,7 @@ class Loop:
             if (i + 1) % self.read_every == 0 or i + 1 == n:
                 for loss, right in distributed.all_reduce(record[read:i + 1]).tolist():
                     if not math.isfinite(loss):
-                        raise NonFiniteLoss(f"the training loss is {loss} at iteration {read + 1}")
+                        raise FloatingPointError(f"the training loss is {loss} at iteration {read + 1}")
                     loss_sum, correct, seen = loss_sum + loss * sizes[read], correct + right, seen + sizes[read]
                     read += 1
                 if progress is not None:
@@ -203,37 +202,35 @@ def fit(run, loop, data, *, schedule=None, after_iteration=None, progress=None) 
     progress(total, text) makes a progress bar, a context manager with update and set_postfix. What the optimizer's
     statistics() returns is added to the log of the epoch.
     """
-    args, model, optimizer = run.args, loop.model, loop.optimizer
-    top5 = args["datasets"] == "ImageNet"
+    model, optimizer = loop.model, loop.optimizer
     progress = progress or (lambda total, text: contextlib.nullcontext())
-    first = run.first_epoch(model, optimizer)
+    first = run.start_or_resume(model, optimizer)
     if distributed.all_reduce_max(first) != -distributed.all_reduce_max(-first):
         raise UserError(f"the ranks find different checkpoints: {run.flag} must be one directory for all machines")
     if schedule:
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule, last_epoch=first - 1)
+    good = run.state(first, model, optimizer)
     with StopSignals() as signals:
-        for epoch in range(first, args["epochs"]):
-            good = run.state(epoch, model, optimizer)
-            seed_everything(args["randomseed"], epoch)
-            lr = optimizer.param_groups[0]["lr"]
+        for epoch in range(first, run.epochs):
+            seed_epoch(run.seed, epoch)
+            lr, before = optimizer.param_groups[0]["lr"], run.seconds["train"]
             hook = after_iteration and (lambda i, epoch=epoch: after_iteration(epoch, i))
-            before = run.seconds["train"]
             try:
-                with run.timer("train"), progress(len(data.train), f"epoch {epoch + 1}/{args['epochs']}") as bar:
+                with run.timer("train"), progress(len(data.train), f"epoch {epoch + 1}/{run.epochs}") as bar:
                     train = loop.train_epoch(signals.watch(data.train.epoch(epoch)), sizes=data.train.sizes,
                                              after_iteration=hook, progress=bar)
                 distributed.broadcast_buffers(model)
                 with run.timer("eval"):
-                    test = evaluate(model, signals.watch(data.test.epoch(0), equal=False), loop.half, top5)
+                    test = evaluate(model, signals.watch(data.test.epoch(0), equal=False), loop.half, loop.top5)
                 if not math.isfinite(test["loss"]):  # where the last step of the epoch was the fatal one
-                    raise NonFiniteLoss(f"the test loss is {test['loss']} after the last iteration")
+                    raise FloatingPointError(f"the test loss is {test['loss']} after the last iteration")
             except Stopped as stop:
                 path = run.save("checkpoint.pt", good)
                 raise Stopped(stop.number, f"in epoch {epoch + 1}; the state before it is in {path}; to resume, repeat "
                               "the command with --resume auto") from stop
-            except (NonFiniteLoss, FloatingPointError) as error:
+            except FloatingPointError as error:
                 path = run.save("checkpoint.pt", good)
                 raise UserError(
                     f"epoch {epoch + 1}: {error}; stopped there, the state before this epoch is in {path}; "
@@ -247,8 +244,9 @@ def fit(run, loop, data, *, schedule=None, after_iteration=None, progress=None) 
             run.log_epoch(epoch, lr, train, test, run.seconds["train"] - before, statistics)
             if schedule:
                 scheduler.step()
-            if (epoch + 1) % args["save_every"] == 0 or epoch + 1 == args["epochs"]:
-                run.save("checkpoint.pt", run.state(epoch + 1, model, optimizer))
+            good = run.state(epoch + 1, model, optimizer)
+            if (epoch + 1) % run.save_every == 0 or epoch + 1 == run.epochs:
+                run.save("checkpoint.pt", good)
         run.save("final.pt", model.state_dict())
         summary = run.finish(loop.device)
         if signals.number:  # signal arrived after training: still exit non-zero

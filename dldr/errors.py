@@ -6,10 +6,6 @@ class UserError(ValueError):
     """A user error: the message is one line that names the flag or file and what to do."""
 
 
-class NonFiniteLoss(Exception):
-    """A loss became NaN or infinite; raised before the step that would have used it."""
-
-
 class Stopped(Exception):
     """Raised after SIGINT or SIGTERM."""
 

@@ -66,11 +66,9 @@ def capturer(mode, model, device, dataset="CIFAR10"):
     several processes.
     """
     drawn = any(getattr(module, "draws_on_host", False) for module in model.modules())
-    if mode == "on" and drawn:
-        raise UserError("--cuda-graphs on: this --arch draws anew which blocks to compute; use auto or off")
-    distributed_run = distributed.world_size() > 1
-    if mode == "on" and distributed_run:
-        raise UserError("--cuda-graphs on needs a single process; use auto or off")
-    on = mode == "on" or (mode == "auto" and device.type == "cuda" and not drawn and dataset != "ImageNet"
-                          and not distributed_run)
-    return partial(Graphed, device=device) if on else eager
+    several = distributed.world_size() > 1
+    if mode == "on" and (drawn or several):
+        reason = "this --arch draws anew which blocks to compute" if drawn else "it needs a single process"
+        raise UserError(f"--cuda-graphs on: {reason}; use auto or off")
+    auto = device.type == "cuda" and dataset != "ImageNet" and not drawn and not several
+    return partial(Graphed, device=device) if mode == "on" or mode == "auto" and auto else eager

@@ -67,25 +67,37 @@ def are_views(parameters: list[nn.Parameter], w: Tensor) -> bool:
 # --------------------------------------------------------------------------------------------- snapshots to a basis
 
 
-def differences(window: Tensor, chunk_bytes: int | None = None) -> Iterator[Tensor]:
-    """The rows of `window` (n, D) minus its first row, in float64, in chunks of columns (n, c).
+def column_chunks(window: Tensor, chunk_bytes: int | None = None) -> Iterator[Tensor]:
+    """The matrix `window` (n, D) in chunks of columns (n, c), whose float64 copies have `chunk_bytes`.
 
-    Chunks are 8 MiB on a CPU, whose cache holds them; 256 MiB on a GPU, for few launches. A window that does not fit
+    By default 8 MiB on a CPU, whose cache holds them; 256 MiB on a GPU, for few launches. A window that does not fit
     in memory is an object with `shape`, `device` and `blocks()`, which yields its columns in order, (n, c) each.
     """
     blocks = [window] if isinstance(window, Tensor) else window.blocks()
     chunk_bytes = chunk_bytes or (2**23 if torch.device(window.device).type == "cpu" else 2**28)
     for block in blocks:
-        for part in block.split(max(1, chunk_bytes // (8 * len(block))), dim=1):
+        yield from block.split(max(1, chunk_bytes // (8 * len(block))), dim=1)
+
+
+def blocks_of_differences(window: Tensor, chunk_bytes: int | None = None,
+                          scale: Tensor | None = None) -> Iterator[Tensor]:
+    """The rows of `window` (n, D), times `scale` (n,) if given, minus the first row, in float64, in column chunks."""
+    for part in column_chunks(window, chunk_bytes):
+        if scale is None:
             yield (part - part[0]).double()
+        else:
+            part = part.double() * scale[:, None]
+            yield part - part[0]
 
 
-def pca_basis(window: Tensor, k: int, *, group=None, chunk_bytes: int | None = None) -> tuple[Tensor, list[float]]:
+def pca_basis(window: Tensor, k: int | float, *, spherical: bool = False, group=None,
+              chunk_bytes: int | None = None) -> tuple[Tensor, list[float]]:
     """First k principal directions of the rows of `window` (n, D), exactly: P (k, D) with orthonormal rows.
 
-    Returns P and the share of the total variance that each of its rows explains (k floats, descending; the sum over
-    all n - 1 components would be 1). The window is left as it is. Each row's sign is such that its largest coefficient
-    in the snapshots is positive.
+    0 < k < 1: as many as explain more than this share of the variance, as scikit-learn's PCA(n_components=k).
+    `spherical`: of the rows divided by their norms. Returns P and the share of the total variance that each of its rows
+    explains (floats, descending; the sum over all n - 1 components would be 1). The window is left as it is. Each row's
+    sign is such that its largest coefficient in the snapshots is positive.
 
     P holds the first k right singular vectors of the centred window, by way of the n x n Gram matrix of differences
     to the first row, accumulated and decomposed in float64; the same matrix in float32 loses half the digits.
@@ -94,30 +106,40 @@ def pca_basis(window: Tensor, k: int, *, group=None, chunk_bytes: int | None = N
     Raises ValueError if k > n - 1 (the rank of n centred rows) or if the rows span fewer than k directions.
     """
     n, D = window.shape
-    if not 1 <= k <= n - 1:
+    if not (1 <= k <= n - 1 or 0 < k < 1 < n):
         raise ValueError(f"{n} snapshots have 1 to {n - 1} principal components, not {k}")
+    scale = None
+    if spherical:
+        squares = sum(part.double().square().sum(1) for part in column_chunks(window, chunk_bytes))
+        scale = (group.all_reduce(squares) if group else squares).rsqrt()
+        if not scale.isfinite().all():
+            raise ValueError("a snapshot is zero everywhere: spherical PCA divides by its norm")
     gram = torch.zeros(n, n, dtype=torch.float64, device=window.device)
-    for X in differences(window, chunk_bytes):
+    for X in blocks_of_differences(window, chunk_bytes, scale):
         gram += X @ X.T
     if group:
         group.all_reduce(gram)
     centre = torch.eye(n, dtype=torch.float64) - 1 / n
     variance, U = torch.linalg.eigh(centre @ gram.cpu() @ centre)  # ascending; U (n, n)
-    variance, U = variance.flip(0).clamp(min=0), U.flip(1)[:, :k]
+    variance = variance.flip(0).clamp(min=0)
     rank = int((variance > 1e-13 * variance[0]).sum()) if variance[0] > 0 else 0
+    shares = variance / variance.sum()
+    if k < 1:
+        k = min(int((shares.cumsum(0) <= k).sum()) + 1, n - 1)
     if rank < k:
         raise ValueError(f"the {n} snapshots differ in {rank} directions only, {k} components are asked for: "
                          "are some repeated, or of a vector that the model no longer uses?")
+    U = U.flip(1)[:, :k]
     U = U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
     coefficients = (centre @ U / variance[:k].sqrt()).T.contiguous()  # (k, n)
     if group:
         group.broadcast(coefficients)
     coefficients = coefficients.to(window.device)
     P, first = torch.empty(k, D, dtype=getattr(window, "dtype", torch.float32), device=window.device), 0
-    for X in differences(window, chunk_bytes):
+    for X in blocks_of_differences(window, chunk_bytes, scale):
         P[:, first : first + X.shape[1]] = coefficients @ X
         first += X.shape[1]
-    return P, (variance[:k] / variance.sum()).tolist()
+    return P, shares[:k].tolist()
 
 
 class Basis:

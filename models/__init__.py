@@ -9,9 +9,9 @@ import pickle
 import torch
 from torch import nn
 
-from dldr import distributed
-from dldr.checkpoint import load_file, load_function, load_model
+from dldr import distributed, userfile
 from dldr.errors import UserError
+from dldr.files import load_file, load_model
 
 FAMILIES = {  # file: its names; imported only when one of them is asked for
     "resnet_cifar": "resnet8 resnet20 resnet32 resnet44 resnet56 resnet110 resnet1202",
@@ -58,24 +58,31 @@ def check_name(arch, dataset="CIFAR10"):
         raise UserError(f"--arch: no network {arch!r} for {dataset}{hint}")
 
 
-def constructor(arch):
-    """The function num_classes -> network of one of our own names, or of FILE.py:FUNCTION."""
+def construct(arch, num_classes):
+    """A network of one of our own names, or of FILE.py:FUNCTION."""
     if ".py:" in arch:
-        return load_function(arch, "--arch")
+        model, _ = userfile.call(arch, "--arch", num_classes=num_classes)
+        if not isinstance(model, nn.Module):
+            raise UserError(f"--arch {arch}: the function returned a {type(model).__name__}, not a torch.nn.Module")
+        model.unused_parameters = True  # not known, so DistributedDataParallel looks for them
+        return model
     family = next(family for family, names in FAMILIES.items() if arch in names.split())
-    return importlib.import_module(f"models.{family}").MODELS[arch]
+    return importlib.import_module(f"models.{family}").MODELS[arch](num_classes=num_classes)
 
 
-def check_output(model, arch, num_classes, size):
-    """Raise UserError unless `model` is a network whose training output has one column per class; changes nothing."""
-    if not isinstance(model, nn.Module):
-        raise UserError(f"--arch {arch}: the function returned a {type(model).__name__}, not a torch.nn.Module")
+def check_output(model, arch, num_classes, x):
+    """Raise UserError unless `model` takes a mini-batch like x and returns a logit per class; changes nothing."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.no_grad():
-        out = torch.func.functional_call(model.train(), buffers, torch.zeros(2, 3, size, size))
+    try:
+        with torch.no_grad():
+            out = torch.func.functional_call(model.train(), buffers, x)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--arch {arch} does not take a mini-batch {tuple(x.shape)} {x.dtype} of --datasets: {reason}"
+                        ) from error
     found = f"{tuple(out.shape)} logits" if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
-    if found != f"(2, {num_classes}) logits":
-        raise UserError(f"--arch {arch}: for 2 images and {num_classes} classes the network returned {found}")
+    if found != f"({len(x)}, {num_classes}) logits":
+        raise UserError(f"--arch {arch}: for {len(x)} samples and {num_classes} classes the network returned {found}")
 
 
 def on_device(model, device, sync_bn=False):
@@ -100,11 +107,7 @@ def get_model(arch, num_classes, dataset="CIFAR10", pretrained=None):
     if dataset != "ImageNet" or ".py:" in arch:
         if pretrained:
             raise UserError(f"--pretrained: there are no weights for {arch} on {dataset}, only for ImageNet")
-        model = constructor(arch)(num_classes=num_classes)
-        if ".py:" in arch:
-            check_output(model, arch, num_classes, 224 if dataset == "ImageNet" else 32)
-            model.unused_parameters = True  # not known, so DistributedDataParallel looks for them
-        return model
+        return construct(arch, num_classes)
 
     import torchvision.models as tv_models
 

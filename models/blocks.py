@@ -14,6 +14,17 @@ class Residual(nn.Module):
         return self.branch(x) + self.shortcut(x)
 
 
+class ChannelShuffle(nn.Module):
+    """Channel j of group i becomes channel j groups + i. nn.ChannelShuffle has no derivative in torch 2.4."""
+
+    def __init__(self, groups):
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, x):
+        return x.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
 def preactivated(c_in, c_out, kernel=1, stride=1):
     """Batch norm, ReLU and convolution: (N, c_in, H, W) -> (N, c_out, H / stride, W / stride)."""
     return nn.BatchNorm2d(c_in), nn.ReLU(inplace=True), nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2)

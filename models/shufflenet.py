@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
+from models.blocks import ChannelShuffle
+
 GROUPS = 3
 STAGES = [(240, 4), (480, 8), (960, 4)]  # channels out, units
 conv = partial(Conv2dNormActivation, bias=True)
@@ -29,7 +31,7 @@ class Unit(nn.Module):
         last = partial(conv, hidden, kernel_size=1, groups=GROUPS, activation_layer=None)
         self.branch = nn.Sequential(
             conv(c_in, hidden, 1, groups=GROUPS),
-            nn.ChannelShuffle(GROUPS),
+            ChannelShuffle(GROUPS),
             conv(hidden, hidden, 3, stride, groups=hidden, activation_layer=None),
             last(c_out),
         )

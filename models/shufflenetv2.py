@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
+from models.blocks import ChannelShuffle
+
 STAGES = [(116, 4), (232, 8), (464, 4)]  # channels out, units
 conv = partial(Conv2dNormActivation, bias=True)
 
@@ -32,7 +34,7 @@ class Unit(nn.Module):
         c = half if self.split else c_in
         self.right = nn.Sequential(conv(c, c, 1), depthwise(c, stride), conv(c, half, 1))
         self.left = nn.Identity() if self.split else nn.Sequential(depthwise(c, stride), conv(c, half, 1))
-        self.shuffle = nn.ChannelShuffle(2)
+        self.shuffle = ChannelShuffle(2)
 
     def forward(self, x):
         left, right = x.chunk(2, dim=1) if self.split else (x, x)

@@ -3,6 +3,7 @@ import os
 import sys
 from pathlib import Path
 
+import cheap  # noqa: F401
 import pytest
 import torch
 
@@ -10,11 +11,11 @@ import train_sgd
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic; torch looks once per process
-torch.set_num_threads(1)  # for small tensors; two threads beside another job made the suite 20 times slower
 
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # --device auto stops where there is a GPU that torch cannot use
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
@@ -28,10 +29,15 @@ def isolated(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+def network(name):
+    """One of small_networks.py for --arch."""
+    return f"{ROOT / 'tests' / 'small_networks.py'}:{name}"
+
+
 def digits_args(directory, *more):
-    """Flags of a run of a second or two: 30% of the digits, resnet8, batches of 64."""
-    return ["--datasets", "digits", "--arch", "resnet8", "--smalldatasets", "0.3", "--batch-size", "64", "--device",
-            "cpu", "--save-dir", str(directory), *more]
+    """Flags of a run of less than a second: 30% of the digits, a small network, batches of 64."""
+    return ["--datasets", "digits", "--arch", network("small"), "--smalldatasets", "0.3", "--batch-size", "64",
+            "--device", "cpu", "--save-dir", str(directory), *more]
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import time
 
 from processes import SCRIPTS, run
 
-from dldr import checkpoint
+from dldr import checkpoint, files
 from dldr.errors import Stopped
 
 
@@ -19,7 +19,7 @@ def at_write(n, action):
         action(descriptor, calls == n)
         real(descriptor)
 
-    checkpoint.os.fsync = fsync
+    files.os.fsync = fsync
 
 
 def run_and_die_in_write(method, argv, n):
@@ -54,6 +54,6 @@ def hold_lock(method, argv, ready):
     """Take the directory of a run, say so, and sit on it."""
     args = SCRIPTS[method].parse_args(argv)
     taken = checkpoint.Run(method, vars(args), args.changeable)
-    taken.take_directory()
+    taken.prepare_directory()
     ready.set()
     signal.pause()

@@ -1,8 +1,18 @@
 """Networks for `--arch tests/small_networks.py:FUNCTION`."""
+from collections import OrderedDict
+
 from torch import nn
 
 from models.resnet import Block, ResNet, basic
 from models.stochasticdepth import StochasticBlock
+
+
+def small(num_classes):
+    """What most tests train: 6,282 parameters for 10 classes, batch norm, thirty times as fast as resnet8."""
+    return nn.Sequential(OrderedDict(
+        conv1=nn.Conv2d(3, 16, 5, stride=4), bn1=nn.BatchNorm2d(16), relu1=nn.ReLU(),
+        conv2=nn.Conv2d(16, 32, 3, stride=2), bn2=nn.BatchNorm2d(32), relu2=nn.ReLU(),
+        pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), linear=nn.Linear(32, num_classes)))
 
 
 def no_batch_norm(num_classes):

@@ -1,9 +1,12 @@
 """Bad input: one clear line, exit status 2 for wrong usage and 1 for the rest, nothing saved before is lost."""
 import pickle
+import re
 import resource
 import shutil
 import subprocess
 import sys
+
+import packages
 
 import pytest
 import torch
@@ -14,8 +17,8 @@ import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
-from dldr.checkpoint import save_tensors
 from dldr.errors import UserError
+from dldr.files import save_tensors
 from dldr.snapshots import read_snapshot
 
 WINDOW = ["--params_end", "6", "--n_components", "4"]
@@ -40,6 +43,15 @@ WINDOW = ["--params_end", "6", "--n_components", "4"]
     (train_sgd, "--randomseed 5000000000", "--randomseed: 5000000000 is not"),
     (train_sgd, "--overwrite --resume auto", "--overwrite starts over, --resume does not"),
     (train_sgd, "--pretrained", "--pretrained: there are no weights for --datasets CIFAR10"),
+    (train_psgd, "--allow-mismatch arch,lr", "--allow-mismatch: lr not in datasets, arch"),
+    (train_psgd, "--basis nowhere.pt", "--basis nowhere.pt: not one of pca, spherical, random, snapshots, and"),
+    (train_psgd, "--n_components 0.9 --basis random", "--n_components 0.9: a share of the variance goes with --basis"),
+    (train_psgd, "--n_components 0", "--n_components: 0 is not a whole number from 1"),
+    (train_psgd, "--n_components 1.5", "--n_components: 1.5 is not a whole number from 1, or a fraction"),
+    (train_psgd, "--n_components 0.9 --params_end 1", "--n_components 0.9 needs at least 2 snapshots"),
+    (train_psgd, "--basis random --shard-basis on", "--shard-basis on goes with --basis pca or spherical, not random"),
+    (train_psgd, "--start middle", "--start: invalid choice: 'middle'"),
+    (train_sgd, "--datasets folder", "and data of your own"),
     (train_psgd, "--wd 1e-4", "--wd"),  # an official flag that did nothing there, so it is not here
 ])
 def test_wrong_usage_exits_with_status_2(script, flags, message, capsys):
@@ -75,24 +87,10 @@ class Payload:
         return open, (str(self.path), "w")
 
 
-def bad_snapshot(kind, path, marker):
-    if kind == "truncated":
-        path.write_bytes(path.read_bytes()[:20_000])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "foreign":
-        path.write_text("not a tensor file\n")
-    elif kind == "hostile pickle":
-        path.write_bytes(pickle.dumps({"conv1.weight": Payload(marker)}, protocol=2))
-    elif kind == "hostile torch file":
-        torch.save({"conv1.weight": Payload(marker)}, path)
-
-
-@pytest.mark.parametrize("kind", ["truncated", "empty", "foreign", "hostile pickle", "hostile torch file"])
-def test_unreadable_snapshots_name_the_file_and_run_no_code(sampled, tmp_path, kind):
-    directory = copy_snapshots(sampled, tmp_path / "snapshots")
-    marker = tmp_path / "executed"
-    bad_snapshot(kind, directory / "3.pt", marker)
+@pytest.mark.parametrize("save", [lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2)), torch.save])
+def test_hostile_snapshots_run_no_code(sampled, tmp_path, save):
+    directory, marker = copy_snapshots(sampled, tmp_path / "snapshots"), tmp_path / "executed"
+    save({"conv1.weight": Payload(marker)}, directory / "3.pt")
     with pytest.raises(UserError, match=r"3\.pt (cannot be read: \S+|holds a pickled io.open; only tensors)"):
         train_psgd.main(train_psgd.parse_args(digits_args(directory, *WINDOW)))
     assert not marker.exists()
@@ -119,21 +117,17 @@ def test_no_loader_unpickles_freely():
         assert "pickle.load" not in text
 
 
-def save_resnet20(directory):
-    torch.save(models.get_model("resnet20", 10).state_dict(), directory / "large.pt")
-    return directory / "large.pt"
-
-
 def test_snapshots_of_another_network_show_both_shapes(sampled, tmp_path):
     directory = copy_snapshots(sampled, tmp_path / "snapshots")
-    other = digits_args(directory, *WINDOW, "--arch", "resnet20", "--output-dir", str(tmp_path))
-    with pytest.raises(UserError, match=r"0\.pt is of another network: layer1\.1\.\S+ is missing, in the network \("):
-        train_psgd.main(train_psgd.parse_args(other))
-    with pytest.raises(UserError, match=r"another network: layer1\.1\.\S+ is \(16,.*\), in the network missing"):
-        read_snapshot(save_resnet20(tmp_path), models.get_model("resnet8", 10))  # its tensors include resnet8's
+    small, large = models.get_model("resnet8", 10), models.get_model("resnet20", 10)  # whose tensors include small's
+    for there, here, shapes in ((large, small, r"\(16,.*\), in the network missing"),
+                                (small, large, r"missing, in the network \(16")):
+        torch.save(there.state_dict(), tmp_path / "0.pt")
+        with pytest.raises(UserError, match=rf"0\.pt is of another network: layer1\.1\.\S+ is {shapes}"):
+            read_snapshot(tmp_path / "0.pt", here)
     state = torch.load(directory / "2.pt", weights_only=True)
-    torch.save({**state, "linear.weight": torch.zeros(100, 64), "linear.bias": torch.zeros(100)}, directory / "2.pt")
-    with pytest.raises(UserError, match=r"2\.pt .* classes: linear.weight is \(100, 64\), the network's \(10, 64\)"):
+    torch.save({**state, "linear.weight": torch.zeros(100, 32), "linear.bias": torch.zeros(100)}, directory / "2.pt")
+    with pytest.raises(UserError, match=r"2\.pt .* linear.weight is \(100, 32\), in the network \(10, 32\) .*classes"):
         train_psgd.main(train_psgd.parse_args(digits_args(directory, *WINDOW)))
 
 
@@ -150,7 +144,7 @@ def test_a_window_without_variance_is_refused(sampled, tmp_path):
 def test_unwritable_directory(sampled, tmp_path, script, flag):
     (tmp_path / "file").write_text("in the way")
     argv = digits_args(sampled, *(WINDOW if script is train_psgd else []), flag, str(tmp_path / "file" / "run"))
-    with pytest.raises(UserError, match=f"{flag} .*file/run cannot be made: Not a directory"):
+    with pytest.raises(UserError, match=f"{flag} .*file/run cannot be written to: Not a directory"):
         script.main(script.parse_args(argv))
     assert (tmp_path / "file").read_text() == "in the way"
 
@@ -193,51 +187,6 @@ def test_a_write_that_fails_names_the_path_and_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path] and torch.load(path, weights_only=True)["w"].sum() == 1000
 
 
-@pytest.fixture(scope="module")
-def left(sampled, tmp_path_factory):
-    """method -> (script, flags, directory of a finished run of one epoch)."""
-    runs = {}
-    for method, script in (("sgd", train_sgd), ("psgd", train_psgd)):
-        directory = tmp_path_factory.mktemp(method)
-        flags = digits_args(directory if script is train_sgd else sampled, "--smalldatasets", "0.05", "--lr", "0.01")
-        flags += [] if script is train_sgd else [*WINDOW, "--output-dir", str(directory), "--allow-mismatch",
-                                                    "smalldatasets"]
-        script.main(script.parse_args([*flags, "--epochs", "1"]))
-        runs[method] = script, flags, directory
-    return runs
-
-
-@pytest.mark.parametrize("method", ["sgd", "psgd"])
-@pytest.mark.parametrize("more, plain, auto", [  # the table of Run.finished; --overwrite always starts over
-    ([], r"holds a finished \w+ run .*; keep it with --resume auto, or start over with --overwrite", "nothing to do"),
-    (["--epochs", "2"], r"an unfinished \w+ run .*; resume it with --resume auto, or .* --overwrite", "resumed from"),
-    (["--lr", "0.02"], r"other flags \(lr 0.01 -> 0.02\); choose another --\w+-dir, or .* --overwrite", None),
-    (["--start-epoch", "1", "--epochs", "2"], r"other flags \(start_epoch 0 -> 1\); choose another", None),
-])
-def test_what_happens_in_a_directory_that_is_not_empty(left, tmp_path, capsys, method, more, plain, auto):
-    script, flags, directory = left[method]
-    copy = shutil.copytree(directory, tmp_path / "run")
-    (copy / "9.pt").write_text("of a longer run")
-    argv = [*(str(copy) if flag == str(directory) else flag for flag in flags), "--epochs", "1", *more]
-    before = {path.name: path.read_bytes() for path in copy.iterdir()}
-
-    def start(*how):
-        capsys.readouterr()
-        script.main(script.parse_args([*argv, *how]))
-        return capsys.readouterr().out
-
-    for how in ([], *([] if auto else [["--resume", "auto"]])):
-        with pytest.raises(UserError, match=plain):
-            start(*how)
-    assert before == {path.name: path.read_bytes() for path in copy.iterdir()}
-    if auto:
-        assert auto in start("--resume", "auto")
-        assert (before == {path.name: path.read_bytes() for path in copy.iterdir()}) == (auto == "nothing to do")
-    out = start("--overwrite")
-    assert "resumed" not in out and "nothing to do" not in out and "summary " in out
-    assert (copy / "9.pt").exists() == (method == "psgd") and (copy / f"{method}_final.pt").exists()
-
-
 @pytest.mark.parametrize("content, message", [
     ({"method": "psgd", "format": 2}, "not a checkpoint"), ({"method": "psgd", "format": 2, "model": {}}, "not a che"),
     ({"method": "psgd", "format": 2, "args": None}, "not a checkpoint"), ({"method": "sgd", "model": {}}, "not a che"),
@@ -276,3 +225,51 @@ def test_exit_statuses_and_single_lines_of_real_processes(tmp_path):
     assert status == 1 and len(lines) == 1 and "summary.json" in lines[0]
     lines, status = usage
     assert status == 2 and len(lines) == 1 and "--corrupt" in lines[0]
+
+
+SCRIPTS = ("train_sgd.py", "train_psgd.py", "train_pbfgs.py", "trajectory.py", "report.py")
+
+
+@pytest.mark.parametrize("version, message", [
+    (None, "torch not installed"), ("2.3.1+cu118", "torch 2.3.1+cu118 is too old, 2.4 or later is needed")])
+def test_without_torch_or_with_an_old_one_scripts_end_in_one_line(tmp_path, version, message):
+    if version:
+        (tmp_path / "torch.py").write_text(f"__version__ = {version!r}")
+    started = [subprocess.Popen([sys.executable, "-S", script], cwd=ROOT, env={"PYTHONPATH": str(tmp_path)}, text=True,
+                                stderr=subprocess.PIPE) for script in SCRIPTS]
+    for script, process in zip(SCRIPTS, started, strict=True):
+        assert process.communicate()[1] == f"{script}: error: {message}: {sys.executable} -m pip install 'torch>=2.4'\n"
+        assert process.returncode == 1
+
+
+def test_a_package_that_is_missing_later_is_named_in_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        import sklearn  # noqa: F401
+    packages.excepthook(caught.type, caught.value, caught.tb)
+    command = f"{sys.executable} -m pip install 'scikit-learn>=1.3'"
+    assert capsys.readouterr().err == f"test: error: scikit-learn not installed: {command}\n"
+    packages.excepthook(NameError, NameError("name 'torch' is not defined", name="torch"), None)
+    assert capsys.readouterr().err == "NameError: name 'torch' is not defined\n"
+
+
+def test_what_is_wrong_with_packages_and_how_it_is_mended(monkeypatch):
+    names = ["torch", "torchvision", "numpy", "tqdm"]
+    assert packages.check(names) is None
+    monkeypatch.setattr("numpy.__version__", "1.25.2")
+    for name in ("torchvision", "tqdm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    torch_stays = f"torch=={torch.__version__.split('+')[0]}"
+    assert packages.check(names) == (
+        "torchvision, tqdm not installed; numpy 1.25.2 is too old, 1.26 or later is needed: "
+        f"{sys.executable} -m pip install 'torchvision>=0.19' 'numpy>=1.26' 'tqdm>=4.66' {torch_stays}")
+    monkeypatch.setitem(packages.OLDEST, "requires-python", "4.2")
+    assert re.fullmatch(r"Python 3\.\d+\.\d+ is too old, 4.2 or later is needed", packages.check(names))
+
+
+def test_the_oldest_stack_is_the_lower_end_of_the_ranges():
+    pins = re.findall(r"([\w-]+)==([\d.]+)", (ROOT / "tests" / "stacks.sh").read_text())
+    pins = {name: packages.release(version) for name, version in pins}
+    ranges = {name: packages.release(version) for name, version in packages.OLDEST.items()}
+    assert len(pins) == 6 and pins.items() <= ranges.items()
+    assert ranges["requires-python"] == (3, 10) and "python3.10" in (ROOT / "tests" / "stacks.sh").read_text()

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
+from small_networks import small
 
 import models
 from dldr.errors import UserError
@@ -41,16 +42,26 @@ def test_basis_equals_float64_svd(k, chunk_bytes):
     assert (Q @ Q.T - torch.eye(k, dtype=torch.float64)).abs().max() <= 1e-6
 
 
-def test_basis_equals_sklearn_full():
-    X = trajectory(n=41)
-    pca = PCA(n_components=20, svd_solver="full").fit(X)
-    P, explained = pca_basis(torch.tensor(X), 20)
-    assert angle(P, pca.components_) < 1e-4  # scikit-learn works in float32 here
-    np.testing.assert_allclose(explained, pca.explained_variance_ratio_, rtol=1e-3)
+@pytest.mark.parametrize("spherical", [False, True])
+@pytest.mark.parametrize("k", [20, 0.5, 0.99, 0.9999])
+def test_basis_equals_sklearn_full(k, spherical):
+    """A share of the variance as the number of components, too; spherical: of the snapshots divided by their norms."""
+    X = trajectory(n=41) * np.linspace(1, 2, 41, dtype=np.float32)[:, None]
+    reference = X.astype(np.float64)
+    pca = PCA(n_components=k, svd_solver="full").fit(
+        reference / np.linalg.norm(reference, axis=1, keepdims=True) if spherical else reference)
+    P, explained = pca_basis(torch.tensor(X), k, spherical=spherical)
+    assert len(P) == pca.n_components_ and angle(P, pca.components_) < 1e-5
+    np.testing.assert_allclose(explained, pca.explained_variance_ratio_, rtol=1e-5)
+
+
+def test_the_directions_of_a_snapshot_of_zeros_are_refused():
+    with pytest.raises(ValueError, match="a snapshot is zero everywhere: spherical PCA divides by its norm"):
+        pca_basis(torch.cat([torch.zeros(1, 50), torch.randn(4, 50)]), 2, spherical=True)
 
 
 def test_basis_of_a_real_trajectory(sampled):
-    model = models.get_model("resnet8", 10)
+    model = small(10)
     window = load_window(snapshot_paths(sampled, range(6)), model)
     X = window.double().numpy().copy()
     P, _ = pca_basis(window, 5)
@@ -78,7 +89,7 @@ def test_signs_are_fixed():
     assert (scores.gather(0, scores.abs().argmax(0, keepdim=True)) > 0).all()
 
 
-@pytest.mark.parametrize("k", [0, 5, 40])
+@pytest.mark.parametrize("k", [0, 5, 40, -0.5])
 def test_more_components_than_the_rank_is_refused(k):
     with pytest.raises(ValueError, match=f"5 snapshots have 1 to 4 principal components, not {k}"):
         pca_basis(torch.randn(5, 100), k)
@@ -96,10 +107,10 @@ def test_repeated_snapshots_are_refused():
 
 
 def test_window_rows_are_parameters_in_order_and_model_starts_at_the_first(sampled):
-    model, other = models.get_model("resnet8", 10), models.get_model("resnet8", 10)
+    model, other = small(10), small(10)
     paths = snapshot_paths(sampled, range(1, 6, 2))
     window = load_window(paths, model)
-    assert window.shape == (3, 75_290)
+    assert window.shape == (3, 6_282)
     for row, path in zip(window, paths, strict=True):
         other.load_state_dict(torch.load(path, weights_only=True))
         assert torch.equal(row, flat_parameters(other))
@@ -110,7 +121,7 @@ def test_window_rows_are_parameters_in_order_and_model_starts_at_the_first(sampl
 def test_official_snapshots_load(sampled, tmp_path, capsys):
     """DataParallel's `module.` and torch.compile's `_orig_mod.` prefixes, and double precision, are understood."""
     state = torch.load(sampled / "2.pt", weights_only=True)
-    model = models.get_model("resnet8", 10)
+    model = small(10)
     for i, prefix in enumerate(["module.", "_orig_mod.", "_orig_mod.module."]):
         torch.save({prefix + name: value for name, value in state.items()}, tmp_path / f"{i}.pt")
     torch.save({n: v.double() if v.is_floating_point() else v for n, v in state.items()}, tmp_path / "3.pt")
@@ -138,12 +149,11 @@ def test_flat_parameters_are_the_model():
 
 
 def test_read_snapshot_names_what_is_wrong(sampled, tmp_path):
-    state = torch.load(sampled / "1.pt", weights_only=True)
-    model = models.get_model("resnet8", 10)
+    state, model = torch.load(sampled / "1.pt", weights_only=True), small(10)
     cases = {
         "holds NaN": {**state, "bn1.weight": state["bn1.weight"] * float("nan")},
         r"linear.bias is missing, in the network \(10,\)": {k: v for k, v in state.items() if k != "linear.bias"},
-        r"linear.weight is \(9, 64\), the network's \(10, 64\)": {**state, "linear.weight": torch.zeros(9, 64)},
+        r"linear.weight is \(9, 32\), in the network \(10, 32\)": {**state, "linear.weight": torch.zeros(9, 32)},
         "not a state dict": {"epoch": 3},
         "another network: 5": {**state, 5: torch.zeros(1)},
     }

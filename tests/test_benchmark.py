@@ -5,6 +5,7 @@ import json
 from functools import partial
 
 import numpy as np
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,9 @@ def script(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-def test_benchmark_runs_at_a_small_size(tmp_path, capsys, script, device):
+def test_benchmark_runs_at_a_small_size(tmp_path, capsys, script, device, monkeypatch):
+    processes.serve()
+    monkeypatch.setattr("multiprocessing.get_context", lambda method: processes.context)  # not to import all again
     run, path = script("run"), tmp_path / "new" / "benchmark.json"
     run.main(run.parse_args([
         "--arch", "resnet8", "--samples", "48", "--test-samples", "20", "--batch-size", "16", "--snapshots", "5",
@@ -91,13 +94,13 @@ def test_baseline_sees_the_same_images(script):
     """Its test images are ours; a training image is one of the 2 x 9 x 9 that ours can become."""
     baseline, source = script("baseline"), datasets.SOURCES["CIFAR10"]
     images, labels = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), np.uint8), np.arange(3)
-    (x, y), = datasets.ImageBatches(images, labels, source, 3, CPU).epoch(0)
+    (x, y), = datasets.ArrayBatches(images, labels, source, 3, CPU).epoch(0)
     (x_plain, y_plain), = baseline.loader(images, labels, 3, CPU, augment=False)
     torch.testing.assert_close(x_plain, x, rtol=0, atol=1e-6)
     assert torch.equal(y_plain, y)
 
     flip, top, left = torch.cartesian_prod(torch.arange(2), torch.arange(9), torch.arange(9)).T
-    batches = datasets.ImageBatches(images, labels, source, 3, CPU, augment=True)
+    batches = datasets.ArrayBatches(images, labels, source, 3, CPU, augment=True)
     possible = batches.pixels(torch.zeros_like(flip), flip, top, left).flatten(1)  # (162, 3 * 32 * 32)
     torch.manual_seed(1)
     drawn = torch.stack([baseline.loader(images, labels, 3, CPU, augment=True).dataset[0][0] for _ in range(40)])

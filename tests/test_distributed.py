@@ -2,23 +2,33 @@
 import json
 import os
 import signal
+import socket
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, digits_args
-from processes import SCRIPTS, Ranks, command, run, run_all, run_with_one_network
+from conftest import digits_args, network
+from processes import (
+    SCRIPTS,
+    Ranks,
+    as_rank,
+    command,
+    command_without_torchrun,
+    run,
+    run_all,
+    run_with_one_network,
+    start,
+    without_evaluation,
+)
+from small_networks import small
 
 import datasets
-import models
 import utils
 from dldr import distributed
 from dldr.errors import UserError
 from dldr.snapshots import load_window, snapshot_paths
 from dldr.subspace import flat_parameters, pca_basis
-
-NETWORKS = ROOT / "tests" / "small_networks.py"
 
 
 def final(directory, method):
@@ -37,13 +47,12 @@ ALGORITHMS = {  # name: (method, flags)
 }
 
 
-@pytest.mark.parametrize(("arch", "lr"), [("no_batch_norm", 0.05), ("fixed_batch_norm", 0.02)])
-def test_1_2_and_4_processes_train_the_same_network(arch, lr, tmp_path):
-    """14 steps of each algorithm, 7 an epoch, with a last mini-batch of 47 that 2 and 4 do not divide.
+def test_1_2_and_4_processes_train_the_same_network(tmp_path):
+    """7 steps of each algorithm, with a last mini-batch of 47 that 2 and 4 do not divide.
 
     Rounding grows faster in P+-BFGS, and in Adam, whose steps of 1e-3 are as long where a gradient is only rounding.
     """
-    shots, arch = tmp_path / "shots", f"{NETWORKS}:{arch}"
+    shots, arch, lr = tmp_path / "shots", network("fixed_batch_norm"), 0.02
     run("sgd", digits_args(shots, "--epochs", "5", "--lr", str(lr), "--arch", arch))
     rates = {"sgd": lr, "adam": lr / 50, "accumulated": lr, **dict.fromkeys(("psgdon", "psgdoff", "streamed"), 10 * lr)}
 
@@ -53,13 +62,13 @@ def test_1_2_and_4_processes_train_the_same_network(arch, lr, tmp_path):
             places = ["--save-dir", str(where)] if method == "sgd" else ["--save-dir", str(shots), "--output-dir",
                                                                            str(where)]
             rate = ["--lr", str(rates.get(name, 1))]
-            yield method, digits_args(where, "--epochs", "2", *flags, "--arch", arch, *places, *rate)
+            yield method, digits_args(where, "--epochs", "1", *flags, "--arch", arch, *places, *rate)
 
     run_all(calls(1))
     for n in (2, 4):
         ranks = Ranks(n, tmp_path, run_all, list(calls(n)))
         assert ranks.wait() == [0] * n, ranks.err(0) + ranks.err(1)
-        assert "epoch    2/2" in ranks.out(0) and not ranks.out(1)
+        assert " 1/1 " in ranks.out(0) and not ranks.out(1)
         for name, (method, _) in ALGORITHMS.items():
             one, several = (final(tmp_path / f"{name}_{m}", method) for m in (1, n))
             bound = 1e-3 if name == "adam" else 1e-4 if "plus" in name else 1e-5
@@ -83,24 +92,27 @@ def test_every_process_has_the_same_parameters_and_bits(sampled, tmp_path):
     assert ranks.wait() == [0] * 3, ranks.err(1)
 
 
-def check_bases(paths, P, shares):
+def check_bases(paths, P, shares, mean, spherical):
     """That the bases of the sharded window, loaded and streamed, have the span of P (4, D) and explain the same."""
     utils.set_up("cpu")
-    P = torch.from_numpy(P)  # a tensor would travel in shared memory
-    model = models.get_model("resnet8", 10)
-    for memory in (float("inf"), 10**5):
-        window = load_window(paths, model, memory=memory, sharded=True)
-        part, explained = pca_basis(window, 4, group=distributed)
+    P, mean = torch.from_numpy(P), torch.from_numpy(mean)  # a tensor would travel in shared memory
+    model = small(10)
+    for memory in (float("inf"), 10**4):
+        window = load_window(paths, model, memory=memory, sharded=True, start="mean")
+        torch.testing.assert_close(flat_parameters(model), mean, rtol=0, atol=1e-6)
+        part, explained = pca_basis(window, 4, spherical=spherical, group=distributed)
         assert part.shape == (4, len(range(P.shape[1])[distributed.columns(P.shape[1])]))
         rows = torch.stack([distributed.all_gather(row, P.shape[1]) for row in part])
         np.testing.assert_allclose(explained, shares, rtol=1e-9)
         assert angle(rows, P) <= 1e-5
 
 
-def test_sharded_and_streamed_basis_is_the_plain_one(sampled, tmp_path):
+@pytest.mark.parametrize("spherical", [False, True])
+def test_sharded_and_streamed_basis_is_the_plain_one(sampled, tmp_path, spherical):
     paths = snapshot_paths(sampled, range(6))
-    P, shares = pca_basis(load_window(paths, models.get_model("resnet8", 10)), 4)
-    ranks = Ranks(3, tmp_path, check_bases, paths, P.numpy(), shares)
+    window = load_window(paths, small(10))
+    P, shares = pca_basis(window, 4, spherical=spherical)
+    ranks = Ranks(3, tmp_path, check_bases, paths, P.numpy(), shares, window.mean(0).numpy(), spherical)
     assert ranks.wait() == [0] * 3, ranks.err(1)
 
 
@@ -110,16 +122,17 @@ def angle(P, Q):
     return float(torch.linalg.matrix_norm(Q - P @ (P.T @ Q), 2))
 
 
-@pytest.mark.parametrize("memory", [10**5, 4 * 10**5])
-def test_streamed_basis_is_the_one_in_memory(sampled, memory):
-    model = models.get_model("resnet8", 10)
+@pytest.mark.parametrize(("memory", "start", "spherical"), [(10**4, "first", False), (4 * 10**4, "last", True),
+                                                             (10**4, "mean", True)])
+def test_streamed_basis_is_the_one_in_memory(sampled, memory, start, spherical):
+    model = small(10)
     paths = snapshot_paths(sampled, range(6))
-    plain, shares = pca_basis(load_window(paths, model), 5)
-    start = flat_parameters(model).clone()
-    window = load_window(paths, model, memory=memory)
+    plain, shares = pca_basis(load_window(paths, model, start=start), 5, spherical=spherical)
+    w = flat_parameters(model).clone()
+    window = load_window(paths, model, memory=memory, start=start)
     assert window.shape == (6, plain.shape[1]) and max(block.numel() * 4 for block in window.blocks()) <= memory / 4
-    P, explained = pca_basis(window, 5)
-    assert angle(P, plain) <= 1e-5 and torch.equal(start, flat_parameters(model))
+    P, explained = pca_basis(window, 5, spherical=spherical)
+    assert angle(P, plain) <= 1e-5 and torch.equal(w, flat_parameters(model))
     np.testing.assert_allclose(explained, shares, rtol=1e-9)
 
 
@@ -129,14 +142,14 @@ def test_a_damaged_file_of_a_streamed_window_is_named(sampled, tmp_path):
         if i == 2:
             state["conv1.weight"][0] = float("nan")
         torch.save(state, tmp_path / f"{i}.pt", _use_new_zipfile_serialization=i != 3)
-    model = models.get_model("resnet8", 10)
+    model = small(10)
     with pytest.raises(UserError, match=r"2\.pt: conv1.weight"):
-        load_window(snapshot_paths(tmp_path, range(3)), model, memory=10**5)
+        load_window(snapshot_paths(tmp_path, range(3)), model, memory=10**4)
     with pytest.raises(UserError, match=r"3\.pt.*--basis-memory"):
-        load_window([tmp_path / "0.pt", tmp_path / "3.pt"], model, memory=10**5)
+        load_window([tmp_path / "0.pt", tmp_path / "3.pt"], model, memory=10**4)
     (tmp_path / "4.pt").write_bytes((sampled / "4.pt").read_bytes()[:5000])
     with pytest.raises(UserError, match=r"4\.pt cannot be read.*truncated"):
-        load_window([tmp_path / "0.pt", tmp_path / "4.pt"], model, memory=10**5)
+        load_window([tmp_path / "0.pt", tmp_path / "4.pt"], model, memory=10**4)
 
 
 @pytest.mark.parametrize(("samples", "batch"), [(431, 64), (10, 4), (7, 7)])
@@ -161,7 +174,8 @@ def test_every_sample_goes_to_one_process(samples, batch, monkeypatch):
 @pytest.mark.parametrize(("harm", "seconds"), [(signal.SIGKILL, 20), (signal.SIGSTOP, 25)])
 def test_a_dead_or_silent_process_ends_the_others(harm, seconds, tmp_path):
     """Within the timeout, with one line; and one process goes on from the checkpoint of the two."""
-    argv = digits_args(tmp_path / "run", "--lr", "0.05", "--save-every", "1", "--timeout", "8", "--resume", "auto")
+    argv = digits_args(tmp_path / "run", "--lr", "0.05", "--save-every", "1", "--timeout", "8", "--resume", "auto",
+                       "--arch", "resnet8", "--smalldatasets", "0.1")
     ranks = Ranks(2, tmp_path, command, "sgd", [*argv, "--epochs", "1000"])
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "sgd_checkpoint.pt").is_file() and time.monotonic() < deadline:
@@ -180,18 +194,33 @@ def test_a_dead_or_silent_process_ends_the_others(harm, seconds, tmp_path):
     assert [line["epoch"] for line in log] == list(range(1, done + 2)) and done >= 1
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_to_which_no_others_come_ends_in_time(rank, tmp_path):
+    """A leftover environment, say; also if the error is another one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for more, status, words in (([], 1, "another process of this run"), (["--lr", "x"], 2, "--lr")):
+        process = start(as_rank, rank, 2, port, tmp_path / "out", command_without_torchrun, "sgd",
+                        digits_args(tmp_path / "run", "--timeout", "1", *more))
+        process.join(20)
+        assert process.exitcode == status
+        lines = (tmp_path / f"out.err{rank}").read_text().splitlines()  # torch may warn before
+        assert [words in line for line in lines if line.startswith("train_sgd.py: ")] == [True], lines
+
+
 @pytest.mark.parametrize("method", SCRIPTS)
 def test_a_checkpoint_of_two_resumes_as_one_and_as_four(method, tmp_path):
     """To the network that one process alone would have had, up to rounding."""
     shots = tmp_path / "shots"
-    network = ["--arch", f"{NETWORKS}:no_batch_norm"]
-    run("sgd", digits_args(shots, "--epochs", "5", "--lr", "0.05", *network))
+    arch = ["--arch", network("no_batch_norm")]
+    run("sgd", digits_args(shots, "--epochs", "5", "--lr", "0.05", *arch))
 
     def argv(name, epochs):
         places = ["--save-dir", str(tmp_path / name)]
         if method != "sgd":
             places = ["--save-dir", str(shots), "--output-dir", str(tmp_path / name), *WINDOW]
-        return digits_args(tmp_path, "--resume", "auto", "--epochs", str(epochs), *network, *places,
+        return digits_args(tmp_path, "--resume", "auto", "--epochs", str(epochs), *arch, *places,
                            "--lr", "0.05" if method == "sgd" else "0.5")
 
     run(method, argv("whole", 3))
@@ -206,7 +235,8 @@ def test_a_checkpoint_of_two_resumes_as_one_and_as_four(method, tmp_path):
 
 
 def test_a_signal_to_one_process_stops_all_and_leaves_a_checkpoint(tmp_path):
-    argv = digits_args(tmp_path / "run", "--lr", "0.05", "--epochs", "1000", "--save-every", "1000")
+    argv = digits_args(tmp_path / "run", "--lr", "0.05", "--epochs", "1000", "--save-every", "1000",
+                       "--arch", "resnet8", "--smalldatasets", "0.1")
     ranks = Ranks(2, tmp_path, command, "sgd", argv)
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "1.pt").is_file() and time.monotonic() < deadline:
@@ -243,7 +273,7 @@ def test_a_network_that_skips_blocks_trains_on_two(tmp_path):
     """Stochastic depth: some parameters have a gradient on one process only, or in one mini-batch only."""
     argv = digits_args(tmp_path / "run", "--epochs", "1", "--arch", "stochasticdepth18", "--smalldatasets", "0.02",
                        "--batch-size", "8", "--lr", "0.01", "--accumulate", "2")
-    ranks = Ranks(2, tmp_path, run_with_one_network, [("sgd", argv)])
+    ranks = Ranks(2, tmp_path, without_evaluation, run_with_one_network, [("sgd", argv)])
     assert ranks.wait() == [0, 0], ranks.err(0)
 
 
@@ -251,7 +281,7 @@ def test_a_network_that_skips_blocks_trains_on_two(tmp_path):
 def test_parameters_without_gradient_stay_where_they_are(flags, tmp_path):
     """Weight decay moves them neither on one process nor on two, which train the same network."""
     def argv(n):
-        return digits_args(tmp_path / str(n), "--epochs", "1", "--lr", "0.05", "--arch", f"{NETWORKS}:unused_layer",
+        return digits_args(tmp_path / str(n), "--epochs", "1", "--lr", "0.05", "--arch", network("unused_layer"),
                            *flags)
 
     run("sgd", argv(1))
@@ -268,12 +298,12 @@ def test_snapshots_in_bfloat16(tmp_path, capsys):
     for dtype in ("float32", "bfloat16"):
         run("sgd", digits_args(tmp_path / dtype, "--epochs", "5", "--lr", "0.05", "--snapshot-dtype", dtype))
     plain, half = (torch.load(tmp_path / dtype / "5.pt", weights_only=True) for dtype in ("float32", "bfloat16"))
-    names = {name for name, _ in models.get_model("resnet8", 10).named_parameters()}
+    names = {name for name, _ in small(10).named_parameters()}
     for name, value in plain.items():
         assert torch.equal(half[name], value.bfloat16() if name in names else value)
     first = [torch.load(tmp_path / dtype / "0.pt", weights_only=True) for dtype in ("float32", "bfloat16")]
     assert all(torch.equal(first[0][name], first[1][name]) for name in first[0])
-    bases = [pca_basis(load_window(snapshot_paths(tmp_path / dtype, range(6)), models.get_model("resnet8", 10)), 3)[0]
+    bases = [pca_basis(load_window(snapshot_paths(tmp_path / dtype, range(6)), small(10)), 3)[0]
              for dtype in ("float32", "bfloat16")]
     assert angle(*bases) < 0.1  # seen: 0.07
     assert capsys.readouterr().err.count("holds torch.bfloat16; converted") == 1

@@ -48,7 +48,8 @@ def load(root, seed=1, **options):
 
 def samples(data):
     """(path, label) of the training samples."""
-    return data.train.loader.dataset.samples
+    drawn = data.train.loader.dataset
+    return [(drawn.dataset.samples[i][0], label) for i, label in zip(drawn.kept, drawn.labels.tolist(), strict=True)]
 
 
 # ------------------------------------------------------------------------------------------- which samples are taken

@@ -1,29 +1,39 @@
-"""Random command lines and damaged files: each ends well, or in one line and exit status 1 or 2; never in a traceback.
+"""Random command lines, files, image folders and environments: each ends well, or in one line and exit status 1 or 2;
+never in a traceback, and never not at all.
 
 A damaged file must be refused, or give the very values that were saved: training on other ones would be a lie.
 """
 import contextlib
 import io
+import multiprocessing
+import os
 import shutil
+import signal
+import struct
 import sys
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import network
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from small_networks import small
 
 import datasets
-import models
 import report
 import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
 from dldr.errors import UserError
+from dldr.files import load_json
 from dldr.snapshots import load_window
 
-COMMAND_LINES, SNAPSHOTS, ARRAYS = 200, 200, 100
+COMMAND_LINES, SNAPSHOTS, ARRAYS, FOLDERS, ENVIRONMENTS = 200, 200, 100, 60, 100
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
@@ -42,8 +52,8 @@ HUGE = "9" * 30
 WORDS = ["", "x", "-1", "0", "1", "nan", "inf", "1e400", "--", "-h", HUGE, "ä", "../..", "a b", "n" * 300,
          "\udcff"]  # the last: a byte that is not UTF-8
 FLAGS = {  # a flag -> the values that might follow it; None is none
-    "--datasets": ["digits", "digit", "ImageNet", "CIFAR10"],
-    "--arch": ["resnet8", "resnet7", "squeezenet", "vgg", "nowhere.py:f", "FILE.py:"],
+    "--datasets": ["digits", "digit", "ImageNet", "CIFAR10", "npz:FILE", "folder:SAMPLED@8", "nowhere.py:f"],
+    "--arch": ["resnet7", "squeezenet", "vgg", "nowhere.py:f", "FILE.py:"],
     "-b": ["64", "7", "100000"], "--lr": ["0.1", "1e38", "0"], "--epochs": ["0", "1", "2"],
     "--start-epoch": ["0", "1", "5"], "--accumulate": ["1", "2", "9"], "--randomseed": ["0", "7"],
     "--corrupt": ["0", "0.5", "1"], "--workers": ["0"], "--device": ["cpu", "auto", "cuda:7", "mps"],
@@ -52,8 +62,10 @@ FLAGS = {  # a flag -> the values that might follow it; None is none
     "--timeout": ["5"], "--sync-bn": [None], "--overwrite": [None],
     "--save-dir": ["SAMPLED", "NEW", "FILE", "FILE/below"], "--data": ["NEW", "FILE", "BAD"],
 }
-SUBSPACE = {"--n_components": ["1", "3", "5", "6"], "--params_start": ["0", "1", "4"], "--params_end": ["6", "5", "7"],
-            "--params_step": ["1", "2"], "--output-dir": ["NEW", "FILE", "SAMPLED"],
+SUBSPACE = {"--n_components": ["1", "3", "5", "6", "0.9"], "--start": ["first", "last", "mean"],
+            "--basis": ["pca", "spherical", "random", "snapshots", "SAMPLED/0.pt", "FILE"],
+            "--save-basis": ["NEW/b.pt", "FILE/b.pt"], "--params_start": ["0", "1", "4"],
+            "--params_end": ["6", "5", "7"], "--params_step": ["1", "2"], "--output-dir": ["NEW", "FILE", "SAMPLED"],
             "--basis-memory": ["1e-5", "1"], "--shard-basis": ["auto", "on"],
             "--allow-mismatch": ["corrupt", "arch,labels"]}
 OF_SCRIPT = {
@@ -75,8 +87,8 @@ def command_lines(draw):
         flags, argv = OF_SCRIPT[script], [draw(st.sampled_from(["SAMPLED", "NEW", "FILE", "--"]))]
     else:
         flags = {**FLAGS, **OF_SCRIPT[script]}
-        argv = ["--datasets", "digits", "--arch", "resnet8", "--smalldatasets", "0.05", "--epochs", "1", "--device",
-                "cpu", "--save-dir", "NEW" if script is train_sgd else "SAMPLED"]
+        argv = ["--datasets", "digits", "--arch", network("small"), "--smalldatasets", "0.05", "--epochs", "1",
+                "--device", "cpu", "--save-dir", "NEW" if script is train_sgd else "SAMPLED"]
         if script is not train_sgd:
             argv += ["--params_end", "6", "--n_components", "3", "--output-dir", "NEW", "--allow-mismatch",
                      "smalldatasets,corrupt,labels"]
@@ -100,7 +112,7 @@ def outcome(script, argv):
         except SystemExit as stop:
             status = stop.code or 0
     err.seek(0)
-    return status, [line for line in err.read().splitlines() if not line.startswith("note: ")]
+    return status, [line for line in err.read().splitlines() if not line.startswith(("note: ", "warning: "))]
 
 
 @often(COMMAND_LINES)
@@ -170,7 +182,7 @@ def damages(draw):
 
 @often(SNAPSHOTS)
 def test_snapshots(sampled, tmp_path, n):
-    model = models.get_model("resnet8", 10)
+    model = small(10)
     paths = [tmp_path / f"{i}.pt" for i in range(2)]
     for path in paths:
         shutil.copy(sampled / path.name, path)
@@ -195,7 +207,7 @@ def test_snapshots(sampled, tmp_path, n):
 
 
 def test_every_fiftieth_of_a_snapshot_is_refused(sampled, tmp_path):
-    model, whole = models.get_model("resnet8", 10), (sampled / "1.pt").read_bytes()
+    model, whole = small(10), (sampled / "1.pt").read_bytes()
     for fiftieth in range(50):
         (tmp_path / "1.pt").write_bytes(whole[: len(whole) * fiftieth // 50])
         with pytest.raises(UserError, match=r"snapshot .*1\.pt cannot be read"):
@@ -264,3 +276,174 @@ def test_arrays(tmp_path, n):
     damaged()
     stored()
     assert refused > n // 2
+
+
+# ------------------------------------------------------------------------------------------------------ image folders
+
+
+def encoded(mode, form, dtype=np.uint8):
+    """A small picture as bytes."""
+    pixels = np.random.default_rng(0).integers(0, 200, (20, 24, 4)).astype(dtype)
+    image = Image.fromarray(pixels[..., 0] if dtype != np.uint8 else pixels)
+    file = io.BytesIO()
+    (image if dtype != np.uint8 else image.convert(mode)).save(file, form)
+    return file.getvalue()
+
+
+def chunk(name, content):
+    """Of a PNG file."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+JPEG = encoded("RGB", "JPEG")
+PICTURES = {  # a name and what is in the file: good ones, whatever the name says, and some that cannot be read
+    "a.JPEG": JPEG, "b.png": encoded("P", "PNG"), "c.PNG": encoded("RGBA", "PNG"), "d.bmp": encoded("1", "BMP"),
+    "e.webp": encoded("RGB", "WEBP"), "f.tif": encoded("CMYK", "TIFF"), "g.jpg": encoded("LA", "PNG"),
+    "h.png": encoded("", "PNG", np.uint16), "ä b\n.jpg": JPEG, "\udcff.JPEG": JPEG, "n" * 250 + ".jpg": JPEG,
+}
+UNREADABLE = {
+    "empty.JPEG": b"", "text.jpg": b"no picture", "cut.JPEG": JPEG[: len(JPEG) // 2], "zeros.png": bytes(999),
+    "float.tif": encoded("", "TIFF", np.float32),
+    "huge.png": b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+                + chunk(b"IDAT", bytes(9)),
+}
+IGNORED = {"._0.JPEG": b"Mac OS X", ".DS_Store": b"", "Thumbs.db": b"", "notes.txt": b"", "x.JPEG.part": JPEG}
+FILES = {**PICTURES, **UNREADABLE, **IGNORED}
+OTHERS = {  # what else may be there: a name and a function that makes it
+    "folder.JPEG": Path.mkdir, "empty": Path.mkdir, "pipe.JPEG": os.mkfifo, "loop": lambda path: path.symlink_to("."),
+    **dict.fromkeys(("gone.png", "gone"), lambda path: path.symlink_to("nowhere")),
+    **dict.fromkeys((".ipynb_checkpoints", "c 1", "-x", "\udcfe", "new\nline", "below"),
+                    lambda path: path.mkdir() or (path / "0.JPEG").write_bytes(JPEG)),
+}
+PLACES = ["", "train", "val", "train/c0", "train/c0", "train/c1", "val/c0", "val/c1"]
+
+
+def tree(root):
+    for place in PLACES[3:]:
+        (root / place).mkdir(parents=True, exist_ok=True)
+        for i in range(2):
+            (root / place / f"{i}.JPEG").write_bytes(JPEG)
+
+
+def images_of(root, split):
+    """The image files of each class, by the documentation: what is hidden is no class and no image."""
+    found = {}
+    for place in (root / split).iterdir() if (root / split).is_dir() else ():
+        if place.name[0] != "." and place.is_dir():
+            found[place.name] = [Path(folder, name) for folder, _, names in os.walk(place, followlinks=True)
+                                 for name in names if "/." not in f"{folder}/{name}"[len(str(root)):]
+                                 and Path(name).suffix.lower() in (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".tif")]
+    return found
+
+
+@often(FOLDERS)
+def test_folders(tmp_path, n):
+    root, statuses = tmp_path / "all" / "images", []
+
+    @cases(n, FOLDERS)
+    @given(st.lists(st.tuples(st.sampled_from(PLACES), st.sampled_from([None, *FILES, *OTHERS])), max_size=3),
+           st.sampled_from([0, 0, 0, 0, 0, 1]))
+    @example([("train/c0", "pipe.JPEG")], 1)
+    @example([("train", "\udcfe"), ("val", "\udcfe")], 0)
+    def check(odd, workers):
+        shutil.rmtree(root.parent, ignore_errors=True)
+        tree(root)
+        for place, name in odd:
+            path = root / place / (name or "")
+            with contextlib.suppress(FileExistsError, FileNotFoundError, NotADirectoryError):
+                if name is None:  # not there, or a file
+                    shutil.rmtree(path)
+                    path.write_bytes(b"") if len(odd) % 2 else None
+                elif name in FILES:
+                    path.write_bytes(FILES[name])
+                else:
+                    OTHERS[name](path)
+        classes = {split: images_of(root, split) for split in ("train", "val")}
+        files = [path for split in classes.values() for paths in split.values() for path in paths]
+        bad = {str(path) for path in files if not path.is_file() or path.name in UNREADABLE}
+        with in_time(30):
+            status, lines = outcome(train_sgd, [
+                "--datasets", "ImageNet", "--data", str(root), "--arch", network("small"), "--epochs", "1", "--device",
+                "cpu", "--batch-size", "8", "--samples-per-epoch", "1", "--workers", str(workers), "--save-dir",
+                str(root.parent / "run")])
+        statuses.append(status)
+        if classes["train"].keys() != classes["val"].keys() or not all(
+                paths for split in classes.values() for paths in [*split.values(), split]):
+            assert status == 1 and len(lines) == 1 and f"--data {root}" in lines[0]
+        elif bad:
+            assert status == 1 and len(lines) == 1 and any(utils.one_line(path) in lines[0] for path in bad)
+        else:
+            assert (status, lines) == (0, [])
+            data = load_json(root.parent / "run" / "sgd_summary.json")["data"]
+            assert [data["training"], data["test"]] == [sum(map(len, split.values())) for split in classes.values()]
+
+    check()
+    assert {0, 1} == set(statuses)
+
+
+class Hangs(BaseException):
+    """Which nothing catches."""
+
+
+@contextlib.contextmanager
+def in_time(seconds):
+    def ring(*_):
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise Hangs
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# -------------------------------------------------------------------------------------------------- environments
+
+VARIABLES = {  # one that is not drawn is not set
+    "WORLD_SIZE": ["1", "2", "4", "0", "-1", "four", "1.5", " 1", "²", HUGE, ""], "RANK": ["0", "1", "7", "x", ""],
+    "LOCAL_RANK": ["0", "x", ""], "MASTER_ADDR": ["127.0.0.1", ""], "MASTER_PORT": ["29500", "x", "99999", ""],
+    "DLDR_DATA": [word for word in WORDS if "\0" not in word] + ["~/nowhere", "n" * 5000],
+}
+
+
+@often(ENVIRONMENTS)
+def test_environments(tmp_path, n, monkeypatch):
+    """Without a group of processes that can begin; see test_distributed.py for one in which the others do not come."""
+    statuses = []
+
+    @cases(n, ENVIRONMENTS)
+    @given(st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in VARIABLES.items()}),
+           st.sampled_from(["digits", "CIFAR10"]))
+    @example({"WORLD_SIZE": "4"}, "digits")
+    @example({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "digits")
+    @example({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "digits")
+    @example({"WORLD_SIZE": "2", "RANK": "7", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "digits")
+    def check(variables, data):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        for name in VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        size = variables.get("WORLD_SIZE", "1")
+        if size in ("2", "4") and variables.get("RANK") in ("0", "1") and variables.get("MASTER_PORT") == "29500":
+            return
+        with in_time(30):
+            status, lines = outcome(train_sgd, [
+                "--datasets", data, "--arch", network("small"), "--smalldatasets", "0.05", "--epochs", "1", "--device",
+                "cpu", "--save-dir", str(tmp_path / "run")])
+        statuses.append(status)
+        if size == "1" and data == "digits":
+            assert (status, lines) == (0, [])
+        else:
+            assert status in (1, 2) and len(lines) == 1
+            assert ("WORLD_SIZE" if size != "1" else "too long" if len(variables.get("DLDR_DATA", "")) == 5000
+                    else "--data") in lines[0]
+
+    monkeypatch.setattr(datasets, "download", refuse)
+    monkeypatch.chdir(tmp_path)
+    check()
+    assert {0, 1} <= set(statuses)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from networks import mlp, tensors, train
 
 import models
-import train_psgd
 from dldr.subspace import ProjectedSGD, flat_parameters
 
 
@@ -138,25 +137,3 @@ def test_the_state_continues_a_run_bitwise(first):
     rest = train(model, psgd, batches[first:])
     for w, w_whole in zip(rest, uninterrupted[first:], strict=True):
         assert torch.equal(w, w_whole)
-
-
-def test_a_resumed_run_still_lowers_the_lr(tmp_path):
-    """train_psgd.py, 2 epochs, then --resume for a third with a lower lr: the network of 3 uninterrupted epochs."""
-    torch.manual_seed(0)
-    for i in range(3):
-        torch.save(models.get_model("resnet8", 10).state_dict(), tmp_path / f"{i}.pt")
-    common = [
-        "--datasets", "digits", "--arch", "resnet8", "--smalldatasets", "0.05", "--device", "cpu", "--batch-size", "16",
-        "--params_end", "3", "--n_components", "2", "--lr", "0.5", "--milestones", "2", "--save-dir", str(tmp_path),
-    ]  # fmt: skip
-
-    def run(name, *flags):
-        train_psgd.main(train_psgd.parse_args([*common, "--output-dir", str(tmp_path / name), *flags]))
-        return torch.load(tmp_path / name / "psgd_final.pt", weights_only=True)
-
-    whole = run("whole", "--epochs", "3")
-    half = run("half", "--epochs", "2")
-    resumed = run("half", "--epochs", "3", "--resume", str(tmp_path / "half" / "psgd_checkpoint.pt"))
-    assert not torch.equal(half["conv1.weight"], whole["conv1.weight"])
-    for name, values in whole.items():
-        assert torch.equal(resumed[name], values), name

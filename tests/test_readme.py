@@ -1,13 +1,12 @@
 """README and docs: flags, links and commands that exist, figures of the runs in results/, pages made from the code."""
 import importlib.util
 import json
+import math
 import re
 import shlex
 
 import matplotlib
 import pytest
-import test_fuzz
-import test_resume
 from conftest import ROOT
 from matplotlib.image import imread
 from test_zoo import on_meta
@@ -25,7 +24,8 @@ DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.m
 SCRIPTS = {"train_sgd.py": train_sgd, "train_pbfgs.py": train_pbfgs, "train_psgd.py": train_psgd, "report.py": report,
            "trajectory.py": trajectory}
 OTHERS = {"--help", "--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--nodes",
-          "--ntasks-per-node", "--gpus-per-node", "--signal", "--requeue", "--no-index", "--find-links"}
+          "--ntasks-per-node", "--gpus-per-node", "--signal", "--requeue", "--no-index", "--find-links",
+          "--index-url", "--torch-backend", "--dest"}
 FLAG = r"(?<![\w-])--[a-z][\w-]*"
 
 
@@ -91,10 +91,52 @@ def test_the_headline_is_that_of_the_runs():
     assert len(small) == 3 and all(f"| {last} | {best} |" in table for _, last, best in small)
 
 
+FAULTS = """
+resume.KILLS
+resume.test_killed_inside
+resume.test_networks_that_draw
+resume.test_signals run_sh.test_a_signal
+resume.test_a_full resume.test_a_read_only resume.test_a_signal bad_input.test_a_write_that_fails
+fuzz.COMMAND_LINES
+fuzz.FOLDERS
+fuzz.ENVIRONMENTS
+fuzz.SNAPSHOTS 50
+fuzz.ARRAYS
+fuzz_pairs.STAGES
+fuzz_pairs.DIRECTORIES stages.test_a_finished_run
+stages.test_snapshots_of_another stages.test_starting_over stages.test_snapshots_left scripts.test_resume_refuses
+folders.test_a_part folders.test_noise
+folders.test_16 folders.test_other_depths folders.test_npz folders.test_hidden folders.test_class
+folders.test_an folders.test_a_killed folders.test_a_small folders.test_a_low folders.test_a_limit folders.test_the
+report.test_a_run_counts report.test_targets
+stages.test_state_dicts stages.test_a_pickled distributed.test_pretrained
+stages.test_a_file_system stages.test_directories
+bad_input.test_a_loss bad_input.test_a_line_search
+bad_input.test_hostile 1
+resume.test_a_second_run
+distributed.test_a_dead distributed.test_a_signal distributed.test_a_process
+"""  # behind each line of testing.md: what starts so in the tests; a test counts with its parameters
+
+
+def cases(name):
+    """How often pytest runs the tests whose names start so, without what is slow or needs a GPU; or a number."""
+    if name.isdecimal():
+        return int(name)
+    module, start = name.split(".")
+    found = {key: value for key, value in vars(importlib.import_module(f"test_{module}")).items()
+             if key.startswith(start)}
+    assert found, name
+    return sum(value if isinstance(value, int) else sum(value.values()) if isinstance(value, dict) else
+               math.prod(sum(not getattr(values, "marks", ()) for values in mark.args[1])
+                         for mark in getattr(value, "pytestmark", []) if mark.name == "parametrize")
+               for value in found.values())
+
+
 def test_counts_of_faults_are_those_of_the_tests():
-    counts = [int(a) for a, b in re.findall(r"\| (\d+) \| (\d+) \|\n", DOCS["testing.md"]) if a == b]
-    assert counts[:3] == [sum(test_resume.KILLS.values()), sum(map(len, test_resume.KILLED_WRITES.values())), 3]
-    assert counts[5:8] == [test_fuzz.COMMAND_LINES, test_fuzz.SNAPSHOTS + 50, test_fuzz.ARRAYS]
+    rows = re.findall(r"^\| .* \| (.*) \| (\d+) \|$", DOCS["testing.md"], re.MULTILINE)
+    for (files, count), line in zip(rows, FAULTS.strip().splitlines(), strict=True):
+        assert int(count) == sum(map(cases, line.split())), line
+        assert all(f"(../tests/test_{name.split('.')[0]}.py)" in files for name in line.split() if "." in name), line
 
 
 def test_networks_are_listed_as_they_are():

@@ -11,17 +11,19 @@ from matplotlib.colors import to_hex
 import plots
 import report
 import train_psgd
+import train_sgd
 from dldr.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def runs(sampled, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("report")
+def runs(tmp_path_factory):
+    directory, snapshots = tmp_path_factory.mktemp("report"), tmp_path_factory.mktemp("snapshots")
+    flags = digits_args(snapshots, "--arch", "resnet8", "--smalldatasets", "0.1")
+    train_sgd.main(train_sgd.parse_args([*flags, "--epochs", "5"]))
     for name in ("sgd_summary.json", "sgd_log.jsonl"):
-        shutil.copy(sampled / name, directory)
+        shutil.copy(snapshots / name, directory)
     window = ["--params_end", "6", "--n_components", "3"]
-    argv = digits_args(sampled, "--output-dir", str(directory), *window, "--epochs", "2")
-    train_psgd.main(train_psgd.parse_args(argv))
+    train_psgd.main(train_psgd.parse_args([*flags, "--output-dir", str(directory), *window, "--epochs", "2"]))
     return directory
 
 
@@ -47,7 +49,7 @@ def test_table_csv_and_figures(runs, tmp_path, capsys):
     assert psgd["test accuracy, last (%)"] == f"{made['psgd']['test_accuracy_last']:.2f}"
     assert psgd["best (%)"] == f"{made['psgd']['test_accuracy_best']:.2f}"
     assert psgd["best epoch"] == str(made["psgd"]["best_epoch"])
-    assert psgd["run"] == "handwritten digits (30% of the images), ResNet-8" and psgd["method"] in printed
+    assert psgd["run"] == "handwritten digits (10% of the images), ResNet-8" and psgd["method"] in printed
     sampling = sum(json.loads(line)["seconds"] for line in (runs / "sgd_log.jsonl").read_text().splitlines())
     seconds = sampling + made["psgd"]["seconds"]["basis"] + made["psgd"]["seconds"]["train"]
     assert psgd["seconds (sampling)"].rstrip("\\*") == f"{seconds:.0f} ({sampling:.0f})"

@@ -12,11 +12,11 @@ import time
 import crash
 import pytest
 import torch
-from conftest import ROOT, digits_args
+from conftest import ROOT, digits_args, network
 from processes import context, finish, run, start
 
-from dldr.checkpoint import load_file
 from dldr.errors import UserError
+from dldr.files import load_file
 
 WINDOW = ["--params_end", "6", "--n_components", "4"]
 METHODS = {"sgd": ["--epochs", "3"], "psgd": [*WINDOW, "--epochs", "3"],
@@ -80,17 +80,20 @@ def whole(sampled, tmp_path_factory):
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(sampled, tmp_path, whole, method, kills):
     seconds, expected = whole[method]
     moments = random.Random(f"{method}{kills}")
-    killed = 0
-    for i in range(kills):
-        flags = argv(method, sampled, tmp_path / str(i))
+    tried = killed = 0
+    while killed < kills:
+        flags = argv(method, sampled, tmp_path / str(tried))
         process = start(run, method, flags)
         time.sleep(moments.uniform(0, 1) * seconds)
         process.kill()
         process.join()
-        killed += process.exitcode == -signal.SIGKILL
+        if process.exitcode == -signal.SIGKILL:
+            killed += 1
+        else:  # had ended: the machine is faster now
+            seconds *= 0.8
         finish(run, method, [*flags, "--resume", "auto"])
-        assert_equal(result(method, tmp_path / str(i)), expected)
-    assert killed >= kills // 2  # the moments were within the run
+        assert_equal(result(method, tmp_path / str(tried)), expected)
+        tried += 1
 
 
 @pytest.mark.parametrize(("method", "n"), [(method, n) for method, writes in KILLED_WRITES.items() for n in writes])
@@ -122,64 +125,8 @@ def test_a_signal_while_a_slow_disk_writes_waits_for_it(sampled, tmp_path, whole
     assert_equal(result("sgd", tmp_path), whole["sgd"][1])
 
 
-def test_auto_trains_a_finished_run_on_but_not_back(sampled, tmp_path, whole):
-    def auto(epochs):
-        run("psgd", argv("psgd", sampled, tmp_path, "--resume", "auto", "--epochs", epochs))
-
-    auto("2")
-    auto("3")
-    assert_equal(result("psgd", tmp_path), whole["psgd"][1])
-    with pytest.raises(UserError, match="is past --epochs 2: it has 3"):
-        auto("2")
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory):
-    """state -> a directory in it, of SGD runs of 3 epochs; to be copied."""
-    there = {state: tmp_path_factory.mktemp(state) for state in TABLE}
-    finish(run, "sgd", argv("sgd", None, there["finished"]))
-    process = start(crash.run_and_die_in_write, "sgd", argv("sgd", None, there["unfinished"]), 21)  # in 3.pt
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    finish(run, "sgd", argv("sgd", None, there["other"], "--lr", "0.01", "--epochs", "5"))
-    return there
-
-
-TABLE = {  # state of the directory: what comes of no flag, --resume auto and --overwrite
-    "empty": ("trains", "trains", "trains"),
-    "finished": ("holds a finished sgd run with these flags; keep it with --resume auto, or .* --overwrite",
-                 "already finished, nothing to do", "trains"),
-    "unfinished": ("holds an unfinished sgd run with these flags; resume it with --resume auto, or .* --overwrite",
-                   "resumes", "trains"),
-    "other": (*2 * (r"holds a sgd run with other flags \(lr 0.01 -> 0.1\); .* --overwrite",), "trains"),
-}
-
-
 def contents(directory):
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in directory.iterdir()}
-
-
-@pytest.mark.parametrize("state", TABLE)
-@pytest.mark.parametrize(("column", "flags"), [(0, []), (1, ["--resume", "auto"]), (2, ["--overwrite"])])
-def test_the_same_command_a_second_time(directories, tmp_path, capsys, whole, state, column, flags):
-    """The table of Run.finished. A run that trains leaves what one in an empty directory does, and nothing else."""
-    outcome, directory = TABLE[state][column], tmp_path / "run"
-    shutil.copytree(directories[state], directory)
-    before, again = contents(directory), argv("sgd", None, directory, *flags)
-    if outcome in ("trains", "resumes"):
-        run("sgd", again)
-        assert ("resumed from" in capsys.readouterr().out) == (outcome == "resumes")
-        assert_equal(result("sgd", directory), whole["sgd"][1])
-        assert not list(directory.glob(".*.tmp"))
-        return
-    if "finished, nothing" in outcome:
-        assert run("sgd", again)["epochs"] == 3
-        out = capsys.readouterr().out
-        assert outcome in out and "\nsummary method=sgd" in out
-    else:
-        with pytest.raises(UserError, match=outcome):
-            run("sgd", again)
-    assert contents(directory) == before
 
 
 def test_overwrite_in_the_directory_of_the_snapshots_leaves_them(sampled, tmp_path):
@@ -191,23 +138,23 @@ def test_overwrite_in_the_directory_of_the_snapshots_leaves_them(sampled, tmp_pa
     assert before == {name: after[name] for name in before}
 
 
-def test_a_checkpoint_of_an_earlier_revision_is_refused(directories, tmp_path):
-    shutil.copytree(directories["unfinished"], tmp_path / "run")
-    path = tmp_path / "run" / "sgd_checkpoint.pt"
+def test_a_checkpoint_of_an_earlier_revision_is_refused(tmp_path):
+    run("sgd", argv("sgd", None, tmp_path))
+    path = tmp_path / "sgd_checkpoint.pt"
     state = load_file(path, "checkpoint")
     del state["format"]
     torch.save(state, path)
     with pytest.raises(UserError, match="sgd_checkpoint.pt is a checkpoint of an earlier revision .*--overwrite$"):
-        run("sgd", argv("sgd", None, tmp_path / "run", "--resume", "auto"))
+        run("sgd", argv("sgd", None, tmp_path, "--resume", "auto", "--epochs", "4"))
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("device, network", [
+@pytest.mark.parametrize("device, name", [
     ("cpu", "stochastic_depth"), pytest.param("cuda", "stochastic_depth", marks=pytest.mark.gpu),
     pytest.param("cuda", "dropout", marks=pytest.mark.gpu)])
-def test_networks_that_draw_in_the_forward_pass_resume_to_the_same_bits(tmp_path, method, device, network):
+def test_networks_that_draw_in_the_forward_pass_resume_to_the_same_bits(tmp_path, method, device, name):
     """Dropout and stochastic depth, in P-BFGS's trials too: what an epoch draws does not depend on what came before."""
-    arch, results = f"{ROOT / 'tests' / 'small_networks.py'}:{network}", []
+    arch, results = network(name), []
     for parts in ([3], [2, 3]):
         directory = tmp_path / str(len(parts))
         for stage, epochs in [("sgd", [6]), (method, parts)][method == "sgd":]:
@@ -222,13 +169,13 @@ def test_networks_that_draw_in_the_forward_pass_resume_to_the_same_bits(tmp_path
 @pytest.mark.parametrize(("method", "number"), [("sgd", signal.SIGTERM), ("pbfgs", signal.SIGINT)])
 def test_signals_save_a_checkpoint_and_say_how_to_go_on(sampled, tmp_path, method, number):
     """A real script, told to stop after one of its lines; then told to go on, it ends where an untouched run does."""
-    longer = ["--epochs", "9", "--save-every", "100"]
+    longer = ["--epochs", "60", "--save-every", "100"]
     flags = argv(method, sampled, tmp_path / "cut", *longer)
     process = subprocess.Popen([sys.executable, "-u", f"train_{method}.py", *flags], cwd=ROOT, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     for line in process.stdout:
-        if line.startswith("epoch    3/"):
+        if line.startswith("     3/60 "):
             process.send_signal(number)
             break
     _, errors = process.communicate()
@@ -266,7 +213,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_names_file_and_bytes_and_keeps_what_was_saved(sampled, small_disk, capsys):
     """A snapshot of resnet8 has 0.3 MB: the fourth does not fit."""
     with pytest.raises(UserError, match=r"/3\.pt cannot be written \(3\d\d,\d{3} bytes\): No space left on device"):
-        run("sgd", argv("sgd", sampled, small_disk, "--save-every", "100"))
+        run("sgd", argv("sgd", sampled, small_disk, "--save-every", "100", "--arch", "resnet8"))
     assert re.search(r"warning: this run writes 3 MB, .* has 1 MB free", capsys.readouterr().err)
     assert sorted(path.name for path in small_disk.glob("*.pt")) == ["0.pt", "1.pt", "2.pt"]
     assert all(load_file(path, "snapshot") for path in small_disk.glob("*.pt"))

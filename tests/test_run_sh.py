@@ -29,7 +29,7 @@ def no_variables(monkeypatch):
 
 def parsed(table, scale="full"):
     """(script, its arguments as it parses them, its directory) of the runs of a table."""
-    made = recipes.runs(table, scale)
+    made = recipes.planned_runs(table, scale)
     return [(run.command[0], SCRIPTS[run.command[0]].parse_args(run.command[1:]), str(run.directory)) for run in made]
 
 
@@ -114,7 +114,8 @@ def test_tenth_is_the_papers_schedule():
     assert runs.keys() == {
         *((script, c, what, "pca", seed) for c, seed in seeds for script, what in (
             ("train_sgd.py", "sgd"), ("train_psgd.py", 40), ("train_pbfgs.py", 40))),
-        ("train_sgd.py", 0, "adam", "pca", 1), *(("train_psgd.py", 0, k, "pca", 1) for k in (5, 15, 25)),
+        ("train_sgd.py", 0, "adam", "pca", 1), *(("train_psgd.py", 0, k, "pca", 1) for k in (3, 5, 15, 25)),
+        *(("train_psgd.py", 0, k, "spherical", 1) for k in (3, 15, 40)),
         *(("train_psgd.py", 0, 40, basis, 1) for basis in ("random", "snapshots"))}
     for (script, *_), args in runs.items():
         assert has(args, arch="resnet20", smalldatasets=0.1, datasets="CIFAR10")
@@ -143,7 +144,7 @@ def shell(tmp_path):
     stub.write_text(f"""#!/bin/bash
         [[ $1 == recipes.py ]] && exec "{sys.executable}" "$@"
         (IFS=$'\t'; echo "$*" >> "{calls}")
-        [[ $1 == -c ]] && exit 0
+        [[ $1 == packages.py ]] && exit 0
         [[ $2 == recipes.py ]] && exec "{sys.executable}" "$@"
         [[ $2 == "$FAIL" ]] && exit 7
         while (($# > 1)); do
@@ -203,7 +204,7 @@ def test_a_signal_reaches_the_script_once_and_its_last_words_are_kept(tmp_path, 
     """Sent to the shell alone (a scheduler) or to its process group (a terminal): not an orphan that trains on."""
     stub = tmp_path / "python"
     stub.write_text("""#!/bin/bash
-        [[ $1 == -c ]] && exit 0
+        [[ $1 == packages.py ]] && exit 0
         [[ $1 == recipes.py ]] && exec python3 "$@"
         noted() { echo "got $1"; got+=$1; }
         trap 'noted TERM' TERM; trap 'noted INT' INT
@@ -215,7 +216,8 @@ def test_a_signal_reaches_the_script_once_and_its_last_words_are_kept(tmp_path, 
     stub.chmod(0o755)
     env = {**os.environ, "PYTHON": str(stub), "SAVE_ROOT": str(tmp_path)}
     shell = subprocess.Popen([ROOT / "run.sh", "quick"], env=env, stdout=subprocess.PIPE, text=True,
-                             start_new_session=True)
+                             start_new_session=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # `pytest &` ignores it
     assert shell.stdout.readline().startswith("+ python train_sgd.py") and shell.stdout.readline() == "ready\n"
     to(shell.pid, getattr(signal, f"SIG{name}"))
     out, _ = shell.communicate(timeout=30)
@@ -254,6 +256,89 @@ def test_other_systems_are_refused_in_one_line(shell, tmp_path):
     (tmp_path / "uname").chmod(0o755)
     status, calls, err = shell("quick", PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert status == 1 and not calls and err.count("\n") == 1 and "Linux and macOS only" in err
+
+
+PYTHON = f"""#!/bin/bash
+# without packages; its venv module and pip leave in the log what they are asked, and $BROKEN fails
+echo "python $*" >> log
+[[ $1 == packages.py && -e ${{0%/*}}/../packages ]] && exit 0
+[[ $1 == *.py || $1 == -c ]] && exec "{sys.executable}" -S "$@"
+[[ -z $BROKEN || $2 != "$BROKEN" ]] || {{ echo "WARNING: slow"; echo "ERROR: No space left on device"; exit 1; }}
+if [[ $2 == venv ]]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; else touch .venv/packages; fi
+"""
+UV = """#!/bin/bash
+echo "uv $*" >> log
+if [[ $1 == venv ]]; then mkdir -p .venv/bin && cp bin/python .venv/bin; else touch .venv/packages; fi
+"""
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """run(**environment) of `lint` with a python without packages -> (status, lines of stderr, lines of the log)."""
+    (tmp_path / "bin").mkdir()
+    for name in "bash cp dirname grep mkdir rm tail touch uname".split():  # and no uv
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    for name in ("run.sh", "recipes.py", "packages.py", "pyproject.toml", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name, text in (("python", PYTHON), ("uv.off", UV)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def run(**environment):
+        (tmp_path / "log").unlink(missing_ok=True)
+        env = {"PATH": f"{tmp_path}/bin", "PYTHON": "bin/python", **environment}
+        done = subprocess.run(["./run.sh", "lint"], env=env, cwd=tmp_path, capture_output=True, text=True)
+        log = [line for line in (tmp_path / "log").read_text().splitlines() if "packages.py" not in line]
+        return done.returncode, done.stderr.splitlines(), log
+
+    return run
+
+
+RUFF = "python -m ruff check ."
+
+
+def test_packages_are_installed_once_after_saying_what_is_missing(bare, tmp_path):
+    status, (problem, plan), (_, *log) = bare()
+    assert status == 0 and plan.startswith("run.sh: ") and "into .venv instead, once: about 5 GB" in plan
+    assert problem.endswith(f"ruff not installed: {sys.executable} -m pip install ruff")
+    assert log == ["python -m venv .venv", "python -m pip install --disable-pip-version-check --quiet -r "
+                   "requirements-dev.txt", RUFF]
+    assert not (tmp_path / ".venv" / "unfinished").exists()
+    status, (line,), log = bare()
+    assert status == 0 and "using .venv" in line and log == [RUFF]
+
+
+def test_uv_installs_where_it_is_on_the_path(bare, tmp_path):
+    (tmp_path / "bin" / "uv.off").rename(tmp_path / "bin" / "uv")
+    status, _, (_, *log) = bare()
+    assert status == 0 and log == [f"uv venv --allow-existing --python {tmp_path}/bin/python .venv",
+                                   "uv pip install --python .venv/bin/python -r requirements-dev.txt", RUFF]
+
+
+@pytest.mark.parametrize("broken, reason", [("venv", "apt install python3-venv"), ("pip", "No space left on device")])
+def test_a_failed_installation_ends_in_one_line_and_is_made_anew(bare, tmp_path, broken, reason):
+    status, (*_, line), _ = bare(BROKEN=broken)
+    assert status == 1 and line.startswith("run.sh: error: the installation failed: ") and reason in line
+    assert not (tmp_path / ".venv").exists()
+    assert bare()[0] == 0
+
+
+def test_an_installation_that_was_killed_is_made_anew_and_one_under_way_is_left_alone(bare, tmp_path):
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "half").touch()
+    (tmp_path / ".venv" / "unfinished").write_text(str(os.getpid()))
+    status, (line,), log = bare()
+    assert status == 1 and "another run.sh is installing" in line and (tmp_path / ".venv" / "half").exists()
+    (tmp_path / ".venv" / "unfinished").write_text("99999999")
+    assert bare()[0] == 0 and not (tmp_path / ".venv" / "half").exists()
+
+
+def test_an_environment_of_the_users_is_not_written_to(bare, tmp_path):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(tmp_path / "bin" / "python", tmp_path / ".venv" / "bin")
+    status, (line,), log = bare()
+    assert status == 1 and "and .venv is no better: ruff not installed: " in line and log == []
+    assert list((tmp_path / ".venv").iterdir()) == [tmp_path / ".venv" / "bin"]
 
 
 def test_test_passes_arguments_to_pytest(shell, tmp_path):

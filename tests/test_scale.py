@@ -57,7 +57,7 @@ def test_a_step_holds_and_sends_what_the_formulae_say(scale, sent, method, shard
     with Live() as live:
         model = torch.nn.ParameterList([torch.zeros(D)])
         model[0].grad = torch.ones(D)
-        P = torch.zeros(k, distributed.part(D) if sharded else D)
+        P = torch.zeros(k, distributed.columns_per_rank(D) if sharded else D)
         basis = distributed.ShardedBasis(P, D) if sharded else distributed.ReplicatedBasis(P)
         if method == "psgd":
             step = ProjectedSGD(model, basis).step

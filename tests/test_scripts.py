@@ -1,6 +1,7 @@
 """The three scripts end to end on real digits, through main(parse_args([...])): files, numbers, resume, evaluation."""
 import json
-import shutil
+import re
+import shlex
 import subprocess
 import sys
 
@@ -9,10 +10,12 @@ import torch
 from conftest import ROOT, digits_args
 
 import models
+import report
 import train_pbfgs
 import train_psgd
 import train_sgd
 import utils
+from dldr.checkpoint import Run
 from dldr.errors import UserError
 
 SUMMARY_KEYS = """method dataset arch seed corrupt parameters parameters_trained n_components snapshots epochs
@@ -21,6 +24,7 @@ git_revision finished""".split()
 LOG_KEYS = """epoch lr train_loss train_accuracy test_loss test_accuracy best_accuracy best_epoch seconds
 samples_per_second""".split()
 SEARCH_KEYS = ["trials_per_step", "first_trial_accepted", "failed_searches", "skipped_updates"]
+RESNET8 = ["--arch", "resnet8", "--smalldatasets", "0.1"]
 WINDOW = ["--params_end", "6", "--n_components", "4"]
 
 
@@ -32,31 +36,39 @@ def log_of(directory, method):
     return [json.loads(line) for line in (directory / f"{method}_log.jsonl").read_text().splitlines()]
 
 
-def test_sgd_writes_snapshots_log_and_summary(sampled):
-    assert sorted(p.name for p in sampled.glob("[0-9]*.pt")) == [f"{i}.pt" for i in range(6)]
-    summary = json.loads((sampled / "sgd_summary.json").read_text())
+@pytest.fixture(scope="module")
+def resnet8(tmp_path_factory):
+    """As `sampled`, of a published network."""
+    directory = tmp_path_factory.mktemp("resnet8")
+    run(train_sgd, *digits_args(directory, *RESNET8, "--epochs", "5", "--lr", "0.05"))
+    return directory
+
+
+def test_sgd_writes_snapshots_log_and_summary(resnet8):
+    assert sorted(p.name for p in resnet8.glob("[0-9]*.pt")) == [f"{i}.pt" for i in range(6)]
+    summary = json.loads((resnet8 / "sgd_summary.json").read_text())
     assert not set(SUMMARY_KEYS) - set(summary)
     assert summary["parameters"] == summary["parameters_trained"] == 75_290
     assert summary["n_components"] is None and summary["explained_variance"] is None and summary["snapshots"] == 6
     assert set(summary["seconds"]) == {"load", "basis", "train", "eval", "total"}
-    lines = log_of(sampled, "sgd")
+    lines = log_of(resnet8, "sgd")
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5] and set(lines[0]) == set(LOG_KEYS)
     best = max(lines, key=lambda line: line["test_accuracy"])
     assert summary["test_accuracy_best"] == best["test_accuracy"] == lines[-1]["best_accuracy"]
     assert summary["best_epoch"] == best["epoch"] and summary["test_accuracy_last"] == lines[-1]["test_accuracy"]
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
-    final, last = (torch.load(sampled / name, weights_only=True) for name in ("sgd_final.pt", "5.pt"))
+    final, last = (torch.load(resnet8 / name, weights_only=True) for name in ("sgd_final.pt", "5.pt"))
     assert all(torch.equal(final[name], last[name]) for name in last) and set(final) == set(last)
-    assert json.loads((sampled / "sgd_args.json").read_text())["args"]["lr"] == 0.05
+    assert json.loads((resnet8 / "sgd_args.json").read_text())["args"]["lr"] == 0.05
     # nothing else, and no temporary file left behind
-    assert {p.name for p in sampled.iterdir() if not p.stem.isdigit()} == {
+    assert {p.name for p in resnet8.iterdir() if not p.stem.isdigit()} == {
         ".sgd.lock", "sgd_args.json", "sgd_log.jsonl", "sgd_checkpoint.pt", "sgd_final.pt", "sgd_summary.json",
         "sgd_snapshots.json"}
 
 
 @pytest.mark.parametrize("script, method", [(train_psgd, "psgd"), (train_pbfgs, "pbfgs")])
-def test_subspace_scripts(sampled, tmp_path, script, method, capsys):
-    summary = run(script, *digits_args(sampled, "--output-dir", str(tmp_path), *WINDOW, "--epochs", "3"))
+def test_subspace_scripts(resnet8, tmp_path, script, method, capsys):
+    summary = run(script, *digits_args(resnet8, *RESNET8, "--output-dir", str(tmp_path), *WINDOW, "--epochs", "3"))
     out = capsys.readouterr().out
     assert not set(SUMMARY_KEYS) - set(summary) and summary["parameters_trained"] == summary["n_components"] == 4
     assert summary["snapshots"] == 6 and 0.9 < summary["explained_variance"]["total"] <= 1
@@ -65,7 +77,7 @@ def test_subspace_scripts(sampled, tmp_path, script, method, capsys):
     assert set(lines[0]) == {"theta", *LOG_KEYS, *(SEARCH_KEYS if method == "pbfgs" else [])}
     assert len(lines[0]["theta"]) == 4 and lines[0]["theta"] != lines[-1]["theta"]
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
-    assert out.index("basis: 4 components of 6 snapshots explain") < out.index("epoch    1/3")
+    assert out.index("basis: 4 components of 6 snapshots explain") < out.index("    1/3  ")
     (line,) = [line for line in out.splitlines() if line.startswith("summary ")]
     assert f"method={method}" in line and f"test_accuracy_last={summary['test_accuracy_last']:.2f}"[:-1] in line
     assert {p.name for p in tmp_path.iterdir()} == {
@@ -78,10 +90,45 @@ def test_subspace_scripts(sampled, tmp_path, script, method, capsys):
         state = torch.load(path, weights_only=True)
         return torch.cat([state[name].double().reshape(-1) for name in names])
 
-    start = vector(sampled / "0.pt")
-    basis = torch.linalg.qr(torch.stack([vector(sampled / f"{i}.pt") - start for i in range(1, 6)]).T)[0]
+    start = vector(resnet8 / "0.pt")
+    basis = torch.linalg.qr(torch.stack([vector(resnet8 / f"{i}.pt") - start for i in range(1, 6)]).T)[0]
     move = vector(tmp_path / f"{method}_final.pt") - start
     assert (move - basis @ (basis.T @ move)).norm() <= 1e-5 * start.norm() < move.norm()
+
+
+@pytest.mark.parametrize("loss", [1e-5, 2.3, 1e10, 1e38])
+def test_lines_of_an_epoch_fit_100_columns_under_one_header(tmp_path, capsys, loss):
+    args = {"save_dir": str(tmp_path), "epochs": 1000, "randomseed": 1, "save_every": 10}
+    of_passes = {"loss": loss, "accuracy": 100.0, "top5": 100.0, "samples": 50_000}
+    searches = {"trials_per_step": 20.0, "theta": [0.5]}
+    for _ in range(2):  # a resumed run has a header of its own
+        lines = Run("pbfgs", args, ())
+        for epoch in (8, 999):
+            lines.log_epoch(epoch, 1e-5, of_passes, of_passes, 12345.6, searches)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 3 and {len(line) for line in lines} == {max(map(len, lines))} and len(lines[0]) <= 100
+        cells = dict(zip(re.split("  +", lines[0].strip()), lines[1].split(), strict=True))
+        assert list(cells)[:4] == ["epoch", "lr", "train loss", "train %"] and cells["epoch"] == "9/1000"
+        assert float(cells["test loss"]) == pytest.approx(loss) and cells["trials"] == "20.00" and cells["at"] == "9"
+
+
+def test_a_stage_ends_with_where_its_files_are_and_a_next_command_that_works(sampled, tmp_path, capsys):
+    def last_lines():
+        *_, files, following = capsys.readouterr().out.splitlines()
+        text, _, command = following.partition(": ")
+        return files, text, shlex.split(command)
+
+    run(train_sgd, *digits_args(sampled, "--epochs", "5", "--lr", "0.05", "--resume", "auto"))  # is finished
+    files, text, (python, script, *flags) = last_lines()
+    assert files == f"snapshots: {sampled}/0.pt ... 5.pt" and text == "next, or with train_pbfgs.py"
+    assert (python, script) == ("python", "train_psgd.py") and train_pbfgs.parse_args(flags).n_components == 5
+    output = tmp_path / "the run"
+    run(train_psgd, *flags, "--output-dir", str(output), "--epochs", "1", "--batch-size", "64")
+    files, text, command = last_lines()
+    assert (files, text) == (f"files: {output}/psgd_*", "next")
+    assert command == ["python", "report.py", str(output)]
+    report.main(report.parse_args(command[2:]))
+    assert "P-SGD | 5 | 1 |" in capsys.readouterr().out
 
 
 def test_params_start_and_step_choose_the_window_and_the_start(sampled, tmp_path):
@@ -104,11 +151,11 @@ def test_same_seed_same_result_and_another_seed_another(tmp_path):
 
 @pytest.mark.parametrize("script, method, more", [
     (train_sgd, "sgd", []), (train_sgd, "sgd", ["--optimizer", "adam", "--accumulate", "2"]),
-    (train_psgd, "psgd", WINDOW), (train_pbfgs, "pbfgs", WINDOW),
+    (train_psgd, "psgd", [*WINDOW, "--milestones", "2"]), (train_pbfgs, "pbfgs", WINDOW),
     (train_pbfgs, "pbfgs", [*WINDOW, "--alpha", "0.01", "--accumulate", "2"]),
 ])
 def test_resume_ends_where_an_uninterrupted_run_does(sampled, tmp_path, script, method, more):
-    """Bitwise the same network and log: optimiser, B, g, s, residual momentum, order and augmentation resume."""
+    """Bitwise the same network and log: optimiser, B, g, s, residual momentum, lr, order and augmentation resume."""
     def flags(name, epochs):
         save = tmp_path / name if method == "sgd" else sampled
         output = [] if method == "sgd" else ["--output-dir", str(tmp_path / name), "--allow-mismatch", "smalldatasets"]
@@ -126,37 +173,22 @@ def test_resume_ends_where_an_uninterrupted_run_does(sampled, tmp_path, script, 
     assert whole["test_accuracy_best"] == resumed["test_accuracy_best"]
 
 
-def test_resume_refuses_another_experiment(sampled, tmp_path):
-    checkpoint = str(sampled / "sgd_checkpoint.pt")
-    with pytest.raises(UserError, match="lr 0.05 -> 0.3"):
-        run(train_sgd, *digits_args(tmp_path, "--epochs", "6", "--lr", "0.3", "--resume", checkpoint))
-    with pytest.raises(UserError, match="not a checkpoint of this script"):
-        run(train_psgd, *digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path), "--resume", checkpoint))
-    with pytest.raises(UserError, match="there is no checkpoint"):
-        run(train_sgd, *digits_args(tmp_path, "--resume", str(tmp_path / "none.pt")))
-
-
-def test_resume_takes_harmless_changes(sampled, tmp_path):
-    """What does not change the experiment may change: more epochs, printing, workers, where the data lie."""
-    run(train_psgd, *digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path), "--epochs", "1"))
-    changed = ["-p", "7", "-j", "2", "--data", "elsewhere", "--save-every", "3", "--epochs", "2", "--resume", "auto"]
-    run(train_psgd, *digits_args(sampled, *WINDOW, "--output-dir", str(tmp_path), *changed))
-    assert [line["epoch"] for line in log_of(tmp_path, "psgd")] == [1, 2]
-
-
 def test_resume_refuses_another_window(sampled, tmp_path):
-    """The same flags, but the snapshots are of another run: theta would mean other parameters."""
+    """The same flags, but the snapshots (in torch's older format) are of another run: theta would mean other ones."""
     other = tmp_path / "other"
     other.mkdir()
-    for i in range(6):
-        shutil.copy(sampled / f"{i}.pt", other)
+
+    def change(source, factor):
+        for i in range(6):
+            state = torch.load(source / f"{i}.pt", weights_only=True)
+            state["conv1.weight"] = state["conv1.weight"] * (1 + factor * i)
+            torch.save(state, other / f"{i}.pt", _use_new_zipfile_serialization=False)
+
+    change(sampled, 0)
     flags = digits_args(other, *WINDOW, "--output-dir", str(tmp_path / "out"), "--resume", "auto", "--epochs")
     run(train_psgd, *flags, "1")
     finished = (tmp_path / "out" / "psgd_summary.json").stat().st_mtime_ns
-    for i in range(6):
-        state = torch.load(other / f"{i}.pt", weights_only=True)
-        state["conv1.weight"] = state["conv1.weight"] * (1 + 0.1 * i)
-        torch.save(state, other / f"{i}.pt")
+    change(other, 0.1)
     for epochs in "12":  # neither finished, nor to be resumed
         with pytest.raises(UserError, match="was made with different snapshots"):
             run(train_psgd, *flags, epochs)
@@ -166,14 +198,62 @@ def test_resume_refuses_another_window(sampled, tmp_path):
         run(train_psgd, *flags, "2")
 
 
+def cuda(monkeypatch, *, available, capability=(8, 6), architectures=("sm_75", "sm_86"), count=2):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)  # which counts GPUs that cannot be used, too
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(architectures))
+
+
 def test_device_names(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cuda(monkeypatch, available=True)
     names = {name: str(utils.pick_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")}
     assert names == {"auto": "cuda:0", "cuda": "cuda:0", "cuda:1": "cuda:1", "cpu": "cpu"}
     with pytest.raises(UserError, match="--device cuda:2: no device 2, 2 found"):
         utils.pick_device("cuda:2")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cuda(monkeypatch, available=False)
+    assert utils.pick_device("auto").type == "cpu"
+    with pytest.raises(UserError, match="--device cuda: no CUDA device found; use --device cpu"):
+        utils.pick_device("cuda")
+
+
+@pytest.mark.parametrize("capability, architectures, runs", [
+    ((7, 0), ["sm_75", "sm_80", "sm_90"], False), ((8, 9), ["sm_75", "sm_86"], True), ((8, 0), ["sm_86"], False),
+    ((12, 0), ["sm_90", "compute_90"], True), ((12, 0), ["sm_90"], False), ((10, 3), ["sm_90a", "sm_100"], True),
+    ((9, 0), ["gfx90a"], True), ((9, 0), [], True),
+])
+def test_a_gpu_whose_architecture_is_not_in_the_build_is_refused(monkeypatch, capability, architectures, runs):
+    cuda(monkeypatch, available=True, capability=capability, architectures=architectures)
+    if runs:
+        assert utils.pick_device("auto").type == "cuda"
+    else:
+        with pytest.raises(UserError, match=rf"GPU .*compute capability {capability[0]}\.{capability[1]}, not in this "
+                                            r"build; .*docs/install.md\), or use --device cpu$"):
+            utils.pick_device("auto")
+
+
+@pytest.mark.parametrize("error, reason", [
+    (RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update it"),
+     r"too old \(found version 11040\);"),
+    (AssertionError("Torch not compiled with CUDA enabled"), "Torch not compiled with CUDA enabled;"),
+])
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over_for_the_cpu(monkeypatch, tmp_path, capsys, error, reason):
+    def init():
+        raise error
+
+    (tmp_path / "nvidia0").touch()
+    cuda(monkeypatch, available=False)
+    monkeypatch.setattr(utils, "glob", lambda pattern: [tmp_path / "nvidia0"])
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("auto", "cuda"):
+        with pytest.raises(SystemExit, match="2"):
+            train_sgd.parse_args(["--device", name])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--device {name}: torch {torch.__version__} cannot use the GPU of this" in line
+        assert re.search(reason, line)
+    assert utils.pick_device("cpu").type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert utils.pick_device("auto").type == "cpu"
 
 

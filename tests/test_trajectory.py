@@ -4,9 +4,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import digits_args
+from conftest import digits_args, network
+from small_networks import small
 
-import models
 import plots
 import train_psgd
 import trajectory
@@ -14,8 +14,8 @@ from dldr.errors import UserError
 from dldr.snapshots import load_window, snapshot_paths
 from dldr.subspace import flat_parameters
 
-FLAGS = ["--datasets", "digits", "--arch", "resnet8", "--smalldatasets", "0.3", "--params_end", "4", "--n_components",
-         "2", "--device", "cpu"]
+FLAGS = ["--datasets", "digits", "--arch", network("small"), "--smalldatasets", "0.3", "--params_end", "4",
+         "--n_components", "2", "--device", "cpu"]
 
 
 def test_distances_accuracies_and_picture(sampled, tmp_path, monkeypatch, capsys):
@@ -23,7 +23,7 @@ def test_distances_accuracies_and_picture(sampled, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(trajectory, "GRID", 3)
     argv = digits_args(sampled, "--output-dir", str(tmp_path), *FLAGS[6:10], "--epochs", "2")
     train_psgd.main(train_psgd.parse_args(argv))
-    path, figure = tmp_path / "t.json", tmp_path / "t.png"
+    path, figure = tmp_path / "new" / "t.json", tmp_path / "newer" / "t.png"
     trajectory.main(trajectory.parse_args([*FLAGS, "--save-dir", str(sampled), "--samples", "100", "--runs",
                                            str(tmp_path), "--json", str(path), "--figure", str(figure)]))
     result = json.loads(path.read_text())
@@ -32,7 +32,7 @@ def test_distances_accuracies_and_picture(sampled, tmp_path, monkeypatch, capsys
     assert len(result["losses"]) == 3 and len(result["paths"]["sgd"][0]) == 6 and len(result["paths"]["psgd"][0]) == 3
     assert "snapshot 5 is " in capsys.readouterr().out
 
-    X = load_window(snapshot_paths(sampled, range(6)), models.get_model("resnet8", 10)).double().numpy()
+    X = load_window(snapshot_paths(sampled, range(6)), small(10)).double().numpy()
     P = np.linalg.svd(X[:4] - X[:4].mean(0), full_matrices=False)[2][:2]
     steps = X - X[0]
     np.testing.assert_allclose(result["distance_from_start"], np.linalg.norm(steps, axis=1), rtol=1e-4, atol=1e-6)
@@ -46,7 +46,7 @@ def test_distances_accuracies_and_picture(sampled, tmp_path, monkeypatch, capsys
 def test_the_surface_is_the_loss_at_its_points(sampled):
     """The plane through `at`: at its own coordinates the loss is that of `at`."""
     torch.manual_seed(0)
-    model = models.get_model("resnet8", 10)
+    model = small(10)
     w = flat_parameters(model)
     at = w.clone()
     P = torch.linalg.qr(torch.randn(len(w), 2))[0].T.contiguous()
@@ -70,3 +70,12 @@ def test_runs_in_other_directions_are_refused(sampled, tmp_path):
     with pytest.raises(UserError, match="has no theta in the principal directions"):
         trajectory.main(trajectory.parse_args([*FLAGS, "--save-dir", str(sampled), "--runs", str(tmp_path), "--figure",
                                                str(tmp_path / "t.png")]))
+
+
+def test_one_component_is_a_plane_too(sampled, tmp_path, monkeypatch):
+    monkeypatch.setattr(trajectory, "GRID", 3)
+    flags = [*FLAGS, "--n_components", "1", "--save-dir", str(sampled)]
+    train_psgd.main(train_psgd.parse_args([*flags, "--output-dir", str(tmp_path), "--epochs", "1"]))
+    result = trajectory.main(trajectory.parse_args([*flags, "--samples", "8", "--runs", str(tmp_path), "--figure",
+                                                    str(tmp_path / "t.png")]))
+    assert all(len(point) == 2 for lines in result["paths"].values() for line in lines for point in line)

@@ -1,6 +1,7 @@
-"""ImageNet, or any folder laid out like it: train/<class>/*.JPEG and val/<class>/*.JPEG, through DataLoader workers.
+"""Image folders, train/<class>/*.JPEG and val/<class>/*.JPEG, and torch Datasets, through DataLoader workers.
 
-Training: RandomResizedCrop(224) and flip; evaluation: Resize(256), CenterCrop(224); both normalised.
+ImageNet: RandomResizedCrop(224) and flip in training, Resize(256), CenterCrop(224) in evaluation, its usual
+normalisation. folder:DIR@SIZE: Resize(SIZE), CenterCrop(SIZE) in both, normalised with its own statistics.
 """
 import atexit
 import contextlib
@@ -8,6 +9,7 @@ import ctypes
 import errno
 import multiprocessing.connection
 import multiprocessing.queues
+import operator
 import os
 import resource
 import shutil
@@ -29,6 +31,7 @@ from datasets import (
     batch_sizes,
     describe,
     kept_samples,
+    moments,
     noisy_labels,
     shares,
     warn_of_missing,
@@ -36,30 +39,50 @@ from datasets import (
 from dldr.errors import UserError
 
 
-def load(root, *, batch_size, device, seed, corrupt=0.0, part=None, workers=4):
-    """Data of the image folders under `root`; as many classes as train/ has folders. See `datasets.load`.
+def load(train, test, classes, labels, *, batch_size, device, seed, corrupt=0.0, part=None, workers=4):
+    """Data of two map-style Datasets of (x, label); `labels` (N,) of the training set, or None if not known.
 
-    Files are sorted by class, so the first ones will not do: `part` keeps the first int(part N) of a permutation of all
-    N (a smaller part is within a larger one), the same for every seed, since stages may differ in theirs; `corrupt`
+    They may be sorted by class, so the first ones will not do: `part` keeps the first int(part N) of a permutation of
+    all N (a smaller part is within a larger one), the same for every seed, since stages may differ in theirs; `corrupt`
     redraws the first int(corrupt n) of a permutation of the n kept ones by `seed`.
     """
-    train, test = Folder(root, "train", TRAIN), Folder(root, "val", EVAL)
+    n = len(train)
+    kept = np.sort(np.random.default_rng(0).permutation(n)[: kept_samples(n, part)])
+    if labels is not None:
+        warn_of_missing(labels[kept], classes, part)
+    order = np.random.default_rng(seed).permutation(len(kept))
+    labels = noisy_labels(np.full(len(kept), -1) if labels is None else labels[kept], corrupt, classes, seed, order)
+    batches = (LoaderBatches(Drawn(train, kept, labels), batch_size, device, workers, seed=seed, shuffle=True),
+               LoaderBatches(Drawn(test, np.arange(len(test))), batch_size, device, workers))
+    content = [os.fsencode(f"{path}\t{label}\n") for folder in (train, test) for path, label in folder.named()]
+    x, _ = batches[0].dataset[0, 0]
+    return Data(classes, *batches, describe(classes, *batches, content, labels), torch.zeros_like(torch.stack([x, x])))
+
+
+def read_folders(name, root):
+    """What `load` takes, of ImageNet in the folder `root` or of folder:DIR[@SIZE]; 224 x 224 unless SIZE says so."""
+    where, transforms = f"--data {root}", (TRAIN, EVAL)
+    if own := name.startswith("folder:"):
+        root, _, size = name.removeprefix("folder:").rpartition("@")
+        if not (root and size.isdigit()):
+            root, size = name.removeprefix("folder:"), 224
+        where, size = f"--datasets {name}", int(size)
+        if not 1 <= size <= 4096:
+            raise UserError(f"{where}: a size of 1 to 4096 pixels, not {size}")
+        square = v2.Compose([v2.ToImage(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+        transforms = square, square
+    train, test = (Folder(Path(root).expanduser(), split, transform, where)
+                   for split, transform in zip(("train", "val"), transforms, strict=True))
     only = {"train": set(train.classes) - set(test.classes), "val": set(test.classes) - set(train.classes)}
     if any(only.values()):
         differences = "; ".join(f"only in {split}/: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
                                 for split, names in only.items() if names)
-        raise UserError(f"--data {root}: train/ and val/ must have the same class folders; {differences}")
-    content = [f"{path}\t{label}\n".encode() for folder in (train, test) for path, label in folder.named()]
-    n = len(train.samples)
-    kept = np.sort(np.random.default_rng(0).permutation(n)[: kept_samples(n, part)])
-    paths, labels = zip(*[train.samples[i] for i in kept], strict=True)
-    warn_of_missing(labels, len(train.classes), part)
-    order = np.random.default_rng(seed).permutation(len(kept))
-    labels = noisy_labels(labels, corrupt, len(train.classes), seed, order)
-    train.samples = list(zip(paths, labels.tolist(), strict=True))
-    batches = (FolderBatches(train, batch_size, device, workers, seed=seed, shuffle=True),
-               FolderBatches(test, batch_size, device, workers))
-    return Data(len(train.classes), *batches, describe(len(train.classes), *batches, content, labels))
+        raise UserError(f"{where}: train/ and val/ must have the same class folders; {differences}")
+    if own:
+        some = np.random.default_rng(0).permutation(len(train))[:2000]  # within 0.01 of the statistics of all
+        normalise = v2.Normalize(*moments(train[i][0].permute(1, 2, 0)[None].numpy() for i in some))
+        train.transform = test.transform = v2.Compose([square, v2.ToDtype(torch.float32, scale=True), normalise])
+    return train, test, len(train.classes), np.asarray(train.targets)
 
 
 def _transform(*geometry):
@@ -73,6 +96,8 @@ EVAL = _transform(v2.Resize(256, antialias=True), v2.CenterCrop(224))
 
 def read_image(path):
     """An image file in 8-bit RGB; ValueError for one of a depth whose range is unknown: Pillow would clip it at 255."""
+    if not os.path.isfile(path):
+        raise ValueError("there is no such file")  # a pipe would be waited for
     with Image.open(path) as image:
         if image.format == "PNG" and image.mode in ("I", "I;16"):  # grey; of 16-bit colour Pillow takes the upper half
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -82,13 +107,10 @@ def read_image(path):
 
 
 class Folder(tv_datasets.ImageFolder):
-    """ImageFolder indexed by (i, draw): the augmentation of image i is a function of `draw`, in whichever worker.
+    """ImageFolder without hidden files and folders (._name.JPEG, .ipynb_checkpoints)."""
 
-    Hidden files and folders (._name.JPEG, .ipynb_checkpoints) are neither images nor classes.
-    """
-
-    def __init__(self, root, split, transform):
-        directory = Path(root) / split
+    def __init__(self, root, split, transform, where):
+        directory, self.where = Path(root) / split, where
 
         def is_image(path):
             return is_image_file(path) and f"{os.sep}." not in path[len(str(directory)):]
@@ -96,9 +118,7 @@ class Folder(tv_datasets.ImageFolder):
         try:
             super().__init__(directory, transform, loader=read_image, is_valid_file=is_image)
         except OSError as error:
-            raise UserError(
-                f"--data {root}: ImageNet needs class folders with images under {split}/ ({error})"
-            ) from error
+            raise UserError(f"{where}: there must be class folders with images under {split}/ ({error})") from error
 
     def named(self):
         """Path below the root and label of each image."""
@@ -110,15 +130,69 @@ class Folder(tv_datasets.ImageFolder):
             raise FileNotFoundError("there are none")
         return names, {name: label for label, name in enumerate(names)}
 
+    def __getitem__(self, index):
+        try:
+            return super().__getitem__(index)
+        except Exception as error:  # truncated, foreign, not there: Pillow has many types for it
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{self.samples[index][0]} cannot be read as an image: {reason}") from error
+
+
+class Checked:
+    """A user's Dataset of (x, label), x of one shape; UserError, with `where` it is from, for any other item."""
+
+    def __init__(self, dataset, where, classes, imports):
+        self.dataset, self.where, self.classes, self.imports, self.shape = dataset, where, classes, imports, None
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def named(self):
+        """Nothing: what the items hold is not read before training."""
+        return []
+
+    def __getitem__(self, index):
+        where = f"item {index} of {self.where}"
+        try:
+            with self.imports:
+                item = self.dataset[index]
+        except Exception as error:  # in the user's code
+            raise UserError(f"{where}: {type(error).__name__}: {error}") from error
+        if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], (torch.Tensor, np.ndarray))):
+            inside = f" of {', '.join(type(part).__name__ for part in item)}" if isinstance(item, (tuple, list)) else ""
+            raise UserError(f"{where} must be (x, label) with a tensor x, not a {type(item).__name__}{inside}")
+        x, label = torch.as_tensor(item[0]), item[1]
+        try:
+            label = operator.index(label)
+        except TypeError:
+            label = -1
+        if not 0 <= label < self.classes:
+            raise UserError(f"{where} must have an integer label from 0 to {self.classes - 1}, not {item[1]!r}")
+        self.shape = self.shape or x.shape
+        if x.shape != self.shape:
+            raise UserError(f"{where} must be {tuple(self.shape)} as the first one, not {tuple(x.shape)}")
+        return x, label
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Items `kept` of a Dataset, indexed by (i, draw): what is random in one is a function of `draw`, in any worker.
+
+    `labels` are theirs, where it is not -1.
+    """
+
+    def __init__(self, dataset, kept, labels=None):
+        self.dataset, self.kept = dataset, kept
+        self.labels = np.full(len(kept), -1) if labels is None else labels
+
+    def __len__(self):
+        return len(self.kept)
+
     def __getitem__(self, key):
         index, draw = key
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(draw)  # the CPU's only: a CUDA generator may be drawing dropout
-            try:
-                return super().__getitem__(index)
-            except Exception as error:  # truncated, foreign, not there: Pillow has many types for it
-                reason = getattr(error, "strerror", None) or error
-                raise UserError(f"{self.samples[index][0]} cannot be read as an image: {reason}") from error
+            x, label = self.dataset[int(self.kept[index])]
+        return x, label if self.labels[index] < 0 else int(self.labels[index])
 
     def __getitems__(self, keys):
         """A mini-batch; or the error, which would come from a worker with its traceback in place of its message."""
@@ -172,15 +246,17 @@ def kill(workers, *_):
         worker.kill()
 
 
-class FolderBatches:
-    """epoch(e) yields x (B, 3, 224, 224) float32 in channels_last memory and y (B,) int64 on the device."""
+class LoaderBatches:
+    """epoch(e) yields x (B, ...), images in channels_last memory, and y (B,) int64 on the device."""
 
-    def __init__(self, folder, batch_size, device, workers, *, seed=0, shuffle=False):
-        self.samples, self.device, self.workers = len(folder.samples), device, []
+    def __init__(self, dataset, batch_size, device, workers, *, seed=0, shuffle=False):
+        if multiprocessing.get_start_method() != "fork" and isinstance(dataset.dataset, Checked):
+            workers = 0  # a process that is not forked cannot import the user's file by a name
+        self.dataset, self.samples, self.device, self.workers = dataset, len(dataset), device, []
         self.sizes = batch_sizes(self.samples, batch_size)
         self.order = Order(self.samples, batch_size, seed, shuffle)
         self.loader = torch.utils.data.DataLoader(
-            folder, batch_sampler=self.order, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
+            dataset, batch_sampler=self.order, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
             collate_fn=torch.utils.data.default_convert, persistent_workers=workers > 0, worker_init_fn=start_worker,
             generator=torch.Generator(),  # its own, so that seeding workers does not consume the global generator
         )
@@ -191,8 +267,8 @@ class FolderBatches:
     def epoch(self, epoch):
         self.order.current = epoch
         for x, y in self.batches():
-            x = x.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-            yield x, y.to(self.device, non_blocking=True)
+            layout = torch.channels_last if x.ndim == 4 else torch.preserve_format
+            yield x.to(self.device, non_blocking=True, memory_format=layout), y.to(self.device, non_blocking=True)
 
     def batches(self):
         """The loader's; UserError that names an image that cannot be read, or the limit at which workers fail."""
