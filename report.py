@@ -352,6 +352,8 @@ def bases(runs):
 
 def title(message, runs, but=""):
     """Message and setting, without argument `but`; k and window if all subspaces have the same; what a band is."""
+    if len({run["args"].get("smalldatasets") for run in runs}) > 1:  # the names of the lines tell it
+        runs = [{**run, "args": {**run["args"], "smalldatasets": None}} for run in runs]
     where = sorted({plots.in_words({**run["args"], but: None}, run.get("data")) for run in runs})
     spaces = {f"subspace of {k} dimensions, {snapshots(run)}; " for run in runs if (k := run["n_components"])}
     seeds = sorted({len({run["seed"] for run in group}) for group in grouped(runs)})
