@@ -262,7 +262,8 @@ PYTHON = f"""#!/bin/bash
 # without packages; its venv module and pip leave in the log what they are asked, and $BROKEN fails
 echo "python $*" >> log
 [[ $1 == packages.py && -e ${{0%/*}}/../packages ]] && exit 0
-[[ $1 == *.py || $1 == -c ]] && exec "{sys.executable}" -S "$@"
+[[ $1 == *.py ]] && exec "{sys.executable}" -S "$@"
+[[ $1 == -c ]] && exit "${{TOO_OLD:-0}}" # for the pinned versions
 [[ -z $BROKEN || $2 != "$BROKEN" ]] || {{ echo "WARNING: slow"; echo "ERROR: No space left on device"; exit 1; }}
 if [[ $2 == venv ]]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; else touch .venv/packages; fi
 """
@@ -321,6 +322,12 @@ def test_a_failed_installation_ends_in_one_line_and_is_made_anew(bare, tmp_path,
     assert status == 1 and line.startswith("run.sh: error: the installation failed: ") and reason in line
     assert not (tmp_path / ".venv").exists()
     assert bare()[0] == 0
+
+
+def test_a_python_too_old_for_the_pinned_versions_is_told_what_to_install(bare, tmp_path):
+    status, (line,), _ = bare(TOO_OLD="1")
+    assert status == 1 and "-m pip install ruff; or set PYTHON to Python 3.11 or later" in line
+    assert not (tmp_path / ".venv").exists()
 
 
 def test_an_installation_that_was_killed_is_made_anew_and_one_under_way_is_left_alone(bare, tmp_path):
