@@ -9,6 +9,7 @@ import zipfile
 import zlib
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dldr import distributed
 from dldr.errors import UserError
@@ -56,12 +57,22 @@ def load_json(path):
 
 
 def cpu_copy(value):
-    """A copy of nested dicts, lists and tensors that shares no memory with the original, tensors on the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: cpu_copy(item) for key, item in value.items()}
-    return [cpu_copy(item) for item in value] if isinstance(value, list) else value
+    """A copy of nested dicts, lists and tensors that shares no memory with the original, tensors on the CPU.
+
+    A GPU's small tensors come in one transfer for each dtype, since each transfer is waited for.
+    """
+    leaves, structure = tree_flatten(value)
+    groups = {}
+    for i, x in enumerate(leaves):
+        if isinstance(x, torch.Tensor):
+            groups.setdefault((x.dtype, x.device) if x.is_cuda and x.numel() < 2**20 else i, []).append(i)
+    for places in groups.values():
+        tensors = [leaves[i].detach() for i in places]
+        flat = torch.cat([x.reshape(-1) for x in tensors]).cpu()
+        for i, x, values in zip(places, tensors, flat.split([x.numel() for x in tensors]), strict=True):
+            # torch.save writes the whole storage of a view
+            leaves[i] = (values.clone() if len(places) > 1 else values).view(x.shape)
+    return tree_unflatten(leaves, structure)
 
 
 def save_tensors(path, value):
