@@ -41,7 +41,7 @@ SETTINGS = {
     # SGD on the first tenth, all of whose snapshots are the window; P-SGD on the full training set
     ("transfer", "full"): CIFAR10._replace(
         arch="resnet8", sgd="--epochs 30 --smalldatasets 0.1", psgd="--epochs 3 --allow-mismatch smalldatasets", end=31,
-        minutes={"sgd": 2, "psgd": 2}, gb=0.01),
+        minutes={"sgd": 15, "psgd": 9}, gb=0.01),
     ("ImageNet", "full"): CIFAR10._replace(  # every second snapshot of the first 40 epochs: 121
         arch="resnet18", data="--datasets ImageNet", sgd="--epochs 90 --batch-size 256 --samples-per-epoch 6",
         pbfgs="--epochs 4 --batch-size 256", window="--params_start 0 --params_step 2", end=241, minutes={}, gb=25.4),

@@ -30,6 +30,7 @@ import packages  # noqa: F401 - first: it says what is missing
 
 import plots
 import utils
+from dldr import distributed
 from dldr.errors import UserError
 from dldr.files import load_json, write_atomically
 
@@ -169,6 +170,8 @@ def grouped(runs, *without):
         args = {"start": "first"} if run["method"] != "sgd" else {}  # what runs from before this flag mean
         args |= {key: value for key, value in run["args"].items() if key not in unlike(without)}
         data = {**run.get("data", {}), "labels": None}  # noisy ones differ by seed
+        if "n_components" not in without:  # the flag may be a share of the variance, which is another k in each seed
+            args["n_components"] = run["n_components"]
         key = json.dumps([run["method"], run["epochs"], args, data, run.get("sampling")], sort_keys=True)
         groups.setdefault(key, []).append(run)
     return list(groups.values())
@@ -192,7 +195,7 @@ def named(runs, *without):
     tell(labels, snapshots)
     tell([None] * len(names), lambda run: f"{100 * (run['args'].get('smalldatasets') or 1):g}% of the images")
     tell(labels, lambda run: "pretrained" if run["args"].get("pretrained") else "")
-    for key in ["epochs", *sorted(set().union(*(run["args"] for run in first)) - unlike(without) - {"output_dir"})]:
+    for key in ["epochs", *sorted(set().union(*(run["args"] for run in first)) - unlike(without))]:
         tell(list(names), lambda run, key=key: f"{key} {run['args'].get(key)}".replace("_", " "))
     return [plots.Line(name, method(group[0]), group) for name, group in zip(numbered(names), groups, strict=True)]
 
@@ -215,7 +218,8 @@ def mean(runs, key):
 
 # what the published runs have in common, and their schedules
 PUBLISHED = {"momentum": 0.9, "weight_decay": 1e-4, "accumulate": 1, "half": False, "smalldatasets": None, "alpha": 0.0,
-             "samples_per_epoch": 1, "start_epoch": 0, "snapshot_dtype": "float32", "pretrained": False}
+             "samples_per_epoch": 1, "start_epoch": 0, "snapshot_dtype": "float32", "pretrained": False,
+             "allow_mismatch": []}
 MILESTONES = {("sgd", "CIFAR10"): [100, 150], ("sgd", "CIFAR100"): [150], ("psgd", "CIFAR10"): [30, 50]}
 
 
@@ -278,7 +282,7 @@ def rows(runs):
         for name, kind, group in named(those):
             run, seeds = group[0], sorted(run["seed"] for run in group)
             if len(set(seeds)) < len(seeds):
-                utils.note(f"a seed twice in one row: {', '.join(str(run['directory']) for run in group)}")
+                distributed.note(f"a seed twice in one row: {', '.join(str(run['directory']) for run in group)}")
             cells.append((
                 plots.in_words(run["args"], run.get("data")), name, ", ".join(map(str, seeds)),
                 f"{run['parameters_trained']:,}",
@@ -339,7 +343,8 @@ def comma_separated(runs):
 def bases(runs):
     """Lines of the runs of one basis and window, a run for each seed: the largest k, whose directions are all's."""
     found = {}
-    for run in sorted((run for run in runs if run["explained_variance"]), key=lambda run: -run["n_components"]):
+    shown = [run for run in runs if (run["explained_variance"] or {}).get("total")]  # none of a window of one snapshot
+    for run in sorted(shown, key=lambda run: -run["n_components"]):
         basis = run["args"].get("basis", "pca")
         kind = BASES.get(basis, plots.short(basis)), snapshots(run), json.dumps(run.get("sampling"))
         seeds = found.setdefault(kind, {})

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import utils
-from dldr import engine
+from dldr import distributed, engine
 from dldr.checkpoint import command_line, provenance
 from dldr.errors import UserError
 from dldr.files import load_json, save_json, write_atomically
@@ -41,7 +41,8 @@ def parse_args(argv=None):
     groups = {
         "subspace": (("--n_components", utils.components, 40), ("--params_start", utils.natural, 0),
                      ("--params_end", utils.natural, 51), ("--params_step", utils.count, 1)),
-        "data and network": (("--datasets", str, "CIFAR10"), ("--data", str, "data/"), ("--arch", str, "resnet32"),
+        "data and network": (("--datasets", str, "CIFAR10"), ("--data", utils.folder, utils.data_directory()),
+                             ("--arch", str, "resnet32"),
                              ("--smalldatasets", utils.fraction, None), ("--corrupt", utils.fraction, 0.0),
                              ("--randomseed", utils.seed, 1), ("--batch-size", utils.count, 128)),
         "output": (), "machine": (("--device", str, "auto"),)}
@@ -50,7 +51,7 @@ def parse_args(argv=None):
         for flag, kind, default in flags:
             group.add_argument(flag, type=kind, default=default, metavar="X", help="as in train_psgd.py")
     output = groups["output"].add_argument
-    output("--save-dir", required=True, metavar="DIR", help="where the snapshots lie")
+    output("--save-dir", type=utils.folder, required=True, metavar="DIR", help="where the snapshots lie")
     output("--runs", nargs="*", default=[], metavar="DIR", help="directories of P-SGD and P-BFGS runs")
     output("--samples", type=utils.count, default=2000, metavar="N", help="training samples of the loss surface")
     output("--json", metavar="FILE", help="write the numbers to this file")
@@ -71,16 +72,11 @@ def snapshots(args):
         return (snapshot_paths(directory, window),
                 list(takewhile(Path.is_file, (directory / f"{i}.pt" for i in count(window.start)))))
     files.sort(key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)])
-    utils.note(f"{directory} holds {len(files)} state dicts, 0 to {len(files) - 1} in this order: {files[0].name} ... "
-               f"{files[-1].name}")
+    distributed.note(f"{directory} holds {len(files)} state dicts, 0 to {len(files) - 1} in this order: "
+                     f"{files[0].name} ... {files[-1].name}")
     if window.stop > len(files):
         raise UserError(f"--params_end {window.stop}: --save-dir {directory} holds {len(files)} state dicts")
     return [files[i] for i in window], files[window.start:]
-
-
-def flat(state, model):
-    """The trainable parameters of a state dict as one vector (D,), on the CPU, in the order of `flat_parameters`."""
-    return torch.cat([state[name].reshape(-1).float() for name, p in model.named_parameters() if p.requires_grad])
 
 
 @torch.no_grad()
@@ -107,10 +103,11 @@ def main(args):
     model = utils.make_network(args, data).to(device)
     utils.check_sampling(args, data)
     utils.check_snapshots(every)
-    window, k = load_window(paths, model, device), args.n_components
-    if k < 1:  # a share of the variance
-        k = len(pca_basis(window, k)[1])
-    wide, explained = pca_basis(window, max(2, k))
+    window = load_window(paths, model, device)
+    wide, explained = pca_basis(window, args.n_components)
+    k = len(explained)
+    if k < 2:  # the picture needs two
+        wide, explained = pca_basis(window, 2)
     P, explained = wide[:k], explained[:k]
     w = flat_parameters(model)
     start = w.clone()
@@ -118,10 +115,10 @@ def main(args):
     path, distances = [], []  # theta (k,) of each snapshot; how far it is from the start, and from the subspace
     for file in tqdm(every, "snapshots", leave=False, disable=None):
         state, _ = read_snapshot(file, model)
-        step = flat(state, model).to(device) - start
+        model.load_state_dict(state)
+        step = w - start
         path.append(wide @ step)
         distances.append((float(step.norm()), float((step - P.T @ path[-1][:k]).norm())))
-    model.load_state_dict(state)
     accuracy = {"last_snapshot": engine.evaluate(model, data.test.epoch(0))["accuracy"]}
     w.copy_(start + P.T @ path[-1][:k])
     accuracy["projected"] = engine.evaluate(model, data.test.epoch(0))["accuracy"]

@@ -142,17 +142,12 @@ def check_snapshots(paths):
     directory = paths[0].parent
     index = load_json(directory / "sgd_snapshots.json")
     if index is None:
-        note(f"{directory} has no sgd_snapshots.json: whether its snapshots are of one run is not checked")
+        distributed.note(f"{directory} has no sgd_snapshots.json: whether its snapshots are of one run is not checked")
         return
     foreign = [path.name for path in paths if index.get(path.stem) != checksum(path)]
     if foreign:
         raise UserError(f"--save-dir {directory}: {' '.join(foreign[:10])} not as sgd_snapshots.json of this run lists "
                         f"{'it' if len(foreign) == 1 else 'them'}: changed, left by another run, or copied without it")
-
-
-def note(text):
-    if distributed.rank() == 0:
-        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def check_sampling(args, data):
@@ -164,7 +159,8 @@ def check_sampling(args, data):
     directory = Path(args.save_dir)
     record = load_json(directory / "sgd_args.json")
     if record is None:
-        note(f"{directory} has no sgd_args.json: data and network of its snapshots are not compared with these flags")
+        distributed.note(f"{directory} has no sgd_args.json: data and network of its snapshots are not compared with "
+                         "these flags")
         return None
     then, now = ({**flags, "smalldatasets": flags.get("smalldatasets") or 1.0}
                  for flags in (record["args"], vars(args)))
@@ -352,6 +348,11 @@ def folder(value):
     return os.path.normpath(os.path.expanduser(value))
 
 
+def data_directory():
+    """The default of --data."""
+    return os.environ.get("DLDR_DATA", "data/")
+
+
 def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in all",
                 batch_help="samples per mini-batch", subspace=True):
     """A parser with the flags that the scripts share; returns (parser, the group of training flags)."""
@@ -398,7 +399,7 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
     data("--datasets", default="CIFAR10", metavar="NAME",
          help="CIFAR10, CIFAR100, MNIST, FashionMNIST, digits (comes with scikit-learn) or ImageNet; or your own: "
          "FILE.py:FUNCTION, folder:DIR (folder:DIR@64 for 64 x 64 pixels) or npz:FILE")
-    changeable(data("--data", type=folder, default=os.environ.get("DLDR_DATA", "data/"), metavar="DIR",
+    changeable(data("--data", type=folder, default=data_directory(), metavar="DIR",
                     help="where data sets are or are downloaded to; the environment variable DLDR_DATA sets it too"))
     data("-a", "--arch", default="resnet32", metavar="ARCH",
          help=f"network: {'; '.join(models.FAMILIES.values())}; a torchvision name on ImageNet (resnet18); or "
@@ -406,7 +407,8 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
     data("--corrupt", type=fraction, default=0.0, metavar="C",
          help="share of the training labels, in [0, 1], redrawn uniformly over all classes")
     data("--smalldatasets", type=fraction, default=None, metavar="P",
-         help="use only this share, in [0, 1], of the training samples: the first ones (default: all)")
+         help="use only this share, in [0, 1], of the training samples: the first ones; of image folders and Datasets "
+         "drawn ones (default: all)")
 
     output = parser.add_argument_group("output").add_argument
     save_dir = output("--save-dir", type=folder, default="save_temp", metavar="DIR",

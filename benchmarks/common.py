@@ -27,7 +27,6 @@ def save(path, device, result):
     """The measurements with command, versions, hardware and git revision; written, if there is a path."""
     result = {"command": command_line(), **result, **provenance(device)}
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_json(Path(path), result)
     return result
 

@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import hashlib
 import io
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -113,9 +114,8 @@ def kept_samples(n, part):
 def warn_of_missing(labels, classes, part):
     """Say so on stderr if the training samples that --smalldatasets keeps lack classes."""
     missing = classes - len(np.unique(labels))
-    if part is not None and missing and distributed.rank() == 0:
-        print(f"warning: --smalldatasets {part} keeps no sample of {missing} of {classes} classes", file=sys.stderr,
-              flush=True)
+    if part is not None and missing:
+        distributed.note(f"--smalldatasets {part} keeps no sample of {missing} of {classes} classes", "warning")
 
 
 def moments(chunks):
@@ -257,7 +257,8 @@ def check_arrays(arrays, classes, where, shape=None):
             raise UserError(f"{where}: y_{split} must be ({len(images)},) integer, not {labels.shape} {labels.dtype}")
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
             found = f"{labels.min()} to {labels.max()}" if len(labels) else "none"
-            raise UserError(f"{where}: y_{split} must hold labels 0 to {classes - 1}, not {found}")
+            wanted = f"0 to {classes - 1}" if math.isfinite(classes) else "of at least 0"
+            raise UserError(f"{where}: y_{split} must hold labels {wanted}, not {found}")
         if pixels and images.max() <= 1:
             raise UserError(f"{where}: x_{split} must hold pixels of 0 to 255; its largest is {images.max()}")
         if values and not np.isfinite(images).all():

@@ -156,8 +156,8 @@ class Run:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise UserError(f"{self.flag} {self.directory} cannot be written to: {error.strerror}") from error
-            print(f"warning: the file system of {self.directory} has no locks: nothing keeps another process out of it",
-                  file=sys.stderr, flush=True)
+            distributed.note(f"the file system of {self.directory} has no locks: nothing keeps another process out of "
+                             "it", "warning")
         ours = rf"{self.method}_({FILES})" + (f"|{SNAPSHOTS}" if self.method == "sgd" else "")
         stale = rf"\.({ours})\.tmp" + (f"|{ours}" if self.args["overwrite"] else "")  # .tmp: killed while writing
         for path in self.directory.iterdir():
@@ -180,8 +180,8 @@ class Run:
         free = shutil.disk_usage(self.directory).free if distributed.rank() == 0 else math.inf
         writes += 6 * w.nbytes  # network and optimiser in a checkpoint, while the next one is written; final network
         if writes > free:
-            print(f"warning: this run writes {writes / 1e6:,.0f} MB, {self.directory} has {free / 1e6:,.0f} MB free",
-                  file=sys.stderr, flush=True)
+            distributed.note(f"this run writes {writes / 1e6:,.0f} MB, {self.directory} has {free / 1e6:,.0f} MB free",
+                             "warning")
         k = len(explained) if explained else None
         self.facts = {
             "parameters": w.numel(),

@@ -54,6 +54,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0)) if launched() > 1 else 0
 
 
+def note(text: str, kind: str = "note") -> None:
+    """Print a line to standard error, on rank 0."""
+    if rank() == 0:
+        print(f"{kind}: {text}", file=sys.stderr, flush=True)
+
+
 def init(device: torch.device, timeout: float) -> None:
     """Initialise the process group, if torchrun started several processes, with this timeout in seconds.
 

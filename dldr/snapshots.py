@@ -1,6 +1,5 @@
 """State-dict files as a snapshot matrix, in memory or streamed from disk, and the bases made from it."""
 import math
-import sys
 import zipfile
 from collections.abc import Iterator
 from itertools import groupby, zip_longest
@@ -139,8 +138,8 @@ def load_window(paths: list[Path], model: nn.Module, device: torch.device | str 
         if i == begin:
             model.load_state_dict(state)
         del state  # before the next one is there
-    for note, path in notes.items() if distributed.rank() == 0 else ():
-        print(f"note: {path} holds {note}", file=sys.stderr)
+    for text, path in notes.items():
+        distributed.note(f"{path} holds {text}")
     if start == "mean":
         mean = torch.cat([part.mean(0, dtype=torch.float64).float() for part in column_chunks(window)])
         flat_parameters(model).copy_(distributed.all_gather(mean, D) if sharded else mean)
