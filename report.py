@@ -194,8 +194,12 @@ def named(runs, *without):
     tell(labels, lambda run: "pretrained" if run["args"].get("pretrained") else "")
     for key in ["epochs", *sorted(set().union(*(run["args"] for run in first)) - unlike(without) - {"output_dir"})]:
         tell(list(names), lambda run, key=key: f"{key} {run['args'].get(key)}".replace("_", " "))
-    names = [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
-    return [plots.Line(name, method(group[0]), group) for name, group in zip(names, groups, strict=True)]
+    return [plots.Line(name, method(group[0]), group) for name, group in zip(numbered(names), groups, strict=True)]
+
+
+def numbered(names):
+    """The names, with a number behind those that are there more than once."""
+    return [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -341,13 +345,15 @@ def bases(runs):
         seeds = found.setdefault(kind, {})
         if run["n_components"] == next(iter(seeds.values()), run)["n_components"]:
             seeds.setdefault(run["seed"], run)
-    several = len({key[1:] for key in found}) > 1
-    return [plots.Line(f"{basis}, {used}" if several else basis, None, list(seeds.values()))
-            for (basis, used, _), seeds in found.items()]
+    several = len({used for _, used, _ in found}) > 1
+    names = numbered([f"{basis}, {used}" if several else basis for basis, used, _ in found])
+    return [plots.Line(name, None, list(seeds.values())) for name, seeds in zip(names, found.values(), strict=True)]
 
 
 def title(message, runs, but=""):
     """Message and setting, without argument `but`; k and window if all subspaces have the same; what a band is."""
+    if len({run["args"].get("smalldatasets") for run in runs}) > 1:  # the names of the lines tell it
+        runs = [{**run, "args": {**run["args"], "smalldatasets": None}} for run in runs]
     where = sorted({plots.in_words({**run["args"], but: None}, run.get("data")) for run in runs})
     spaces = {f"subspace of {k} dimensions, {snapshots(run)}; " for run in runs if (k := run["n_components"])}
     seeds = sorted({len({run["seed"] for run in group}) for group in grouped(runs)})
@@ -387,12 +393,11 @@ def draw(runs, directory, kind, trajectories=()):
 
 def main(args):
     runs = find_runs(args.directories)
-    text = table(runs)
     print(console(runs), end="")
     for line in unfinished(args.directories):
         print(line)
     if args.table:
-        write_atomically(Path(args.table), text.encode())
+        write_atomically(Path(args.table), table(runs).encode())
     if args.csv:
         write_atomically(Path(args.csv), comma_separated(runs).encode())
     if args.figures:

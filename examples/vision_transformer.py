@@ -52,7 +52,7 @@ def main(file="data/cifar10.npz", epochs=20, k=20):
 
     print("method    variables  epochs  test accuracy (%)")
     P, _ = pca_basis(train("SGD", torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), epochs, 64), k)
-    train("P-SGD", ProjectedSGD(model, P, lr=0.5), epochs // 2, 64)
+    train("P-SGD", ProjectedSGD(model, P, lr=0.1), epochs // 2, 64)
     train("P-BFGS", ProjectedBFGS(model, P), epochs // 3, 256)
 
 

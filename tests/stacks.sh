@@ -28,6 +28,6 @@ else
     "$env/bin/python" -m pip install "${packages[@]}" "${tools[@]}"
 fi
 export PYTHON=$env/bin/python
-"$PYTHON" -c 'from dldr.checkpoint import versions; print(versions())'
+"$PYTHON" -c 'import torch; from dldr.checkpoint import provenance; print(provenance(torch.device("cpu"))["versions"])'
 ./run.sh lint
 ./run.sh test "${@:2}"
