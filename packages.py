@@ -3,7 +3,6 @@ in one line where a package is missing or torch is too old. Standard library onl
 
 python packages.py NAME ...    what is wrong with these here and how to mend it, in a line; then exit status 1
 """
-import importlib
 import re
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ def release(version):
 def fault(name):
     """What is wrong with a package in this Python, as the end of a sentence; None if nothing is."""
     try:
-        module = importlib.import_module(MODULES.get(name, name))
+        module = __import__(MODULES.get(name, name))
     except Exception as error:  # a torchvision for another torch, a system library too old, ...
         missing = getattr(error, "name", None) == MODULES.get(name, name)
         return "not installed" if missing else f"cannot be imported ({' '.join(str(error).split())[:200]})"

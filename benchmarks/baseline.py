@@ -98,8 +98,9 @@ def pbfgs_step(model, optimizer, P, memory, path, loss, x, y, rho=0.4, sigma=0.4
 def basis(window, k, solver):
     """The first k principal directions of the rows of `window` (n, D): P (k, D).
 
-    "full" and "covariance_eigh" are scikit-learn's, on the CPU. The latter's covariance of D columns would take 291 GB
-    at D = 270,000: it gets the centred window's transpose, and centres it once more. "gram" is on the window's device.
+    "full" and "covariance_eigh" (new in 1.5) are scikit-learn's, on the CPU. The latter's covariance of D columns
+    would take 291 GB at D = 270,000: it gets the centred window's transpose, and centres it once more. "gram" is on the
+    window's device.
     """
     from sklearn.decomposition import PCA
 
