@@ -142,7 +142,7 @@ def reduce_scatter(x: Tensor) -> Tensor:
     """This rank's `columns` of the sum over the ranks' vectors x (D,)."""
     D, d = len(x), columns_per_rank(len(x))
     mine = x.new_empty(d)
-    dist.reduce_scatter_tensor(mine, F.pad(x, (0, world_size() * d - D)))
+    dist.reduce_scatter_tensor(mine, padded(x, world_size() * d))
     return mine[: len(range(D)[columns(D)])]
 
 
@@ -150,8 +150,13 @@ def all_gather(mine: Tensor, D: int) -> Tensor:
     """The vector (D,) whose `columns` the ranks hold."""
     d = columns_per_rank(D)
     whole = mine.new_empty(world_size() * d)
-    dist.all_gather_into_tensor(whole, F.pad(mine, (0, d - len(mine))))
+    dist.all_gather_into_tensor(whole, padded(mine, d))
     return whole[:D]
+
+
+def padded(x: Tensor, length: int) -> Tensor:
+    """x with zeros up to `length`; x itself, not a copy as of F.pad, if it is that long."""
+    return x if len(x) == length else F.pad(x, (0, length - len(x)))
 
 
 def share(first: int, last: int) -> tuple[int, int]:
