@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 OLDEST = dict(re.findall(r'([\w-]+)(?: = ")?>=([\d.]+)"', (Path(__file__).parent / "pyproject.toml").read_text()))
-MODULES = {"scikit-learn": "sklearn"}  # where it is not the package's name
+MODULES = {"scikit-learn": "sklearn", "pytest-xdist": "xdist"}  # where it is not the package's name
 
 
 def release(version):

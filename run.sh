@@ -117,7 +117,10 @@ runtime=(torch torchvision numpy scikit-learn matplotlib tqdm)
 case ${1:-demo} in
     demo | quick) table "${1:-demo}" ;;
     table) table "${2:-}" ;;
-    test) environment "${runtime[@]}" pytest hypothesis; exec "$python" -m pytest "${@:2}" ;;
+    test)
+        environment "${runtime[@]}" pytest hypothesis pytest-xdist
+        exec "$python" -m pytest --numprocesses auto --dist loadfile "${@:2}" # a process for each core
+        ;;
     lint) environment ruff; exec "$python" -m ruff check . ;;
     -h | --help | help) sed -n '2,/^$/s/^# \{0,1\}//p' run.sh; echo; exec "$python3" recipes.py list ;;
     *) fail 2 "no command $1; ./run.sh --help lists them" ;;

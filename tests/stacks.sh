@@ -4,7 +4,7 @@
 # pytest. PYTHON=... replaces python3.10 (oldest) and python3 (newest).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-tools=(pytest hypothesis "$(grep ^ruff requirements-dev.txt)") # the pinned ones need Python 3.11
+tools=(pytest hypothesis pytest-xdist "$(grep ^ruff requirements-dev.txt)") # the pinned ones need Python 3.11
 case ${1:-} in
     oldest)
         python=${PYTHON:-python3.10}
