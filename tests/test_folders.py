@@ -214,7 +214,7 @@ def test_a_small_shared_memory_is_named(folder, tmp_path):
     if subprocess.run(["unshare", "-Urm", "bash", "-c", f"{SMALL_SHM} true"], capture_output=True).returncode:
         pytest.skip("no mount namespaces for this user")
     before = f"[ $UNSHARED ] || UNSHARED=1 exec unshare -Urm bash -c '{SMALL_SHM} exec \"$@\"' bash \"$@\";"
-    status, (line,), saved = train(tmp_path, folder(), before=before)
+    status, (*_, line), saved = train(tmp_path, folder(), before=before)  # in torch 2.4 the worker says something first
     assert status == 1 and saved and "/dev/shm" in line and "1 MB" in line and "--workers 0" in line
 
 
