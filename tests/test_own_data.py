@@ -363,7 +363,7 @@ def test_later_items_are_checked_when_they_are_read(own, item, message, workers)
 @pytest.mark.parametrize(("change", "message"), [
     ({"x_train": None}, "cannot be read as x_train, y_train, x_test, y_test: .*x_train"),
     ({"x_train": np.zeros((30, 12), np.uint8)}, r"x_train must be .*, not \(30, 12\) uint8"),
-    ({"y_train": np.arange(30) - 1}, "y_train must hold labels 0 to"),
+    ({"y_train": np.arange(30) - 1}, "y_train must hold labels of at least 0, not -1"),
     ({"y_test": np.arange(9)}, "y_test must hold labels 0 to 2, not 0 to 8"),
     ({"y_train": np.zeros(30, int)}, "number of classes must be an integer of at least 2, not 1"),
 ])
