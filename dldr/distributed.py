@@ -10,6 +10,7 @@ replicated: all ranks take the same steps, since what decides them is reduced fi
 """
 import contextlib
 import datetime
+import inspect
 import os
 import sys
 
@@ -187,7 +188,10 @@ def data_parallel(model: nn.Module) -> nn.Module:
         return model
     partly_used = any(getattr(module, "draws_on_host", False) or getattr(module, "unused_parameters", False)
                       for module in model.modules())
-    network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=partly_used)
+    ddp = nn.parallel.DistributedDataParallel
+    newer = "forward_sync_buffers" in inspect.signature(ddp).parameters  # its name from torch 2.15 on, or before
+    network = ddp(model, find_unused_parameters=partly_used,
+                  **{"forward_sync_buffers" if newer else "broadcast_buffers": False})
     network.register_comm_hook(None, sum_gradients)
     return network
 
