@@ -1,15 +1,13 @@
 """Shared fixtures: a short real sampling run, and where real CIFAR-10 lies."""
+import importlib
 import os
 import sys
 from pathlib import Path
 
-import cheap  # noqa: F401
 import pytest
 import torch
+from runs import ROOT, digits_args, digits_run, network  # noqa: F401 - two for tests
 
-import train_sgd
-
-ROOT = Path(__file__).parent.parent
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic; torch looks once per process
 
 
@@ -29,22 +27,11 @@ def isolated(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def network(name):
-    """One of small_networks.py for --arch."""
-    return f"{ROOT / 'tests' / 'small_networks.py'}:{name}"
-
-
-def digits_args(directory, *more):
-    """Flags of a run of less than a second: 30% of the digits, a small network, batches of 64."""
-    return ["--datasets", "digits", "--arch", network("small"), "--smalldatasets", "0.3", "--batch-size", "64",
-            "--device", "cpu", "--save-dir", str(directory), *more]
-
-
 @pytest.fixture(scope="session")
 def sampled(tmp_path_factory):
     """A directory with snapshots 0.pt ... 5.pt of a real SGD run. Read only: write to another --output-dir."""
     directory = tmp_path_factory.mktemp("sampled")
-    train_sgd.main(train_sgd.parse_args(digits_args(directory, "--epochs", "5", "--lr", "0.05")))
+    digits_run("sgd", directory, "--epochs", "5", "--lr", "0.05")
     return directory
 
 
@@ -55,3 +42,10 @@ def real_cifar10():
         if directory and (Path(directory) / "cifar10.npz").is_file():
             return Path(directory)
     pytest.skip("no cifar10.npz in DLDR_DATA or data/")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script of benchmarks/ by name, as a module."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module

@@ -3,7 +3,7 @@ import os
 import signal
 import time
 
-from processes import SCRIPTS, run
+from runs import SCRIPTS, run
 
 from dldr import checkpoint, files
 from dldr.errors import Stopped

@@ -1,10 +1,11 @@
-"""The oracle's network and data in torch, and an epoch of the training loop step by step."""
+"""The oracle's network and data in torch, an epoch of the scripts' loop, and steps as other loops make them."""
 import oracle
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dldr.engine import Loop
-from dldr.subspace import flat_parameters
+from dldr.subspace import ProjectedBFGS, flat_parameters
 
 DOUBLE = torch.float64
 
@@ -24,15 +25,40 @@ def tensors(batches, dtype=DOUBLE):
     return [(torch.from_numpy(x).to(dtype), torch.from_numpy(y)) for x, y in batches]
 
 
-def train(model, optimizer, batches, accumulate=1, after=lambda w: w):
-    """One epoch of the scripts' loop; after(w) of a copy of w (D,) after each step."""
+def train(model, optimizer, batches, accumulate=1):
+    """One epoch of the scripts' loop; w (D,) after each step."""
     loop, history = Loop(model, optimizer, accumulate=accumulate), []
     update = loop.update
 
     def recorded(*args):
         update(*args)
-        history.append(after(flat_parameters(model).clone()))
+        history.append(flat_parameters(model).clone())
 
     loop.update = recorded
     loop.train_epoch(batches)
     return history
+
+
+def loss_of(model, x, y):
+    return F.cross_entropy(model(x), y)
+
+
+def closure(kind, optimizer, model, batch):
+    """The batch's loss as a closure: one that returns it ("loss only"), or one for torch.optim.LBFGS."""
+    def for_lbfgs():
+        optimizer.zero_grad()
+        assert torch.is_grad_enabled()
+        loss = loss_of(model, *batch)
+        loss.backward()
+        return loss
+
+    return for_lbfgs if kind == "for LBFGS" else lambda: loss_of(model, *batch)
+
+
+def step(optimizer, model, *batch):
+    """One iteration of either method as their docstrings say."""
+    if isinstance(optimizer, ProjectedBFGS):
+        return optimizer.step(closure("loss only", optimizer, model, batch))
+    optimizer.zero_grad()
+    loss_of(model, *batch).backward()
+    return optimizer.step()

@@ -136,3 +136,9 @@ def problem(batches, *, size=12, k=10, seed=0):
 def rotation(k, seed=0):
     """A random orthogonal matrix (k, k)."""
     return np.linalg.qr(np.random.default_rng(seed).normal(size=(k, k)))[0]
+
+
+def angle(P, Q):
+    """Largest principal angle (radians) between the row spans of P and Q (k, D), through its sine: exact when small."""
+    P, Q = (np.linalg.qr(np.asarray(M, dtype=np.float64).T)[0] for M in (P, Q))
+    return float(np.arcsin(min(1.0, np.linalg.norm(Q - P @ (P.T @ Q), 2))))

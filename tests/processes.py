@@ -14,14 +14,11 @@ import cheap
 import torch
 import torch._dynamo  # which the first optimizer imports
 import torchvision  # noqa: F401
+from runs import SCRIPTS, run
 
-import train_pbfgs
-import train_psgd
-import train_sgd
 import utils
 from dldr import distributed, engine
 
-SCRIPTS = {"sgd": train_sgd, "psgd": train_psgd, "pbfgs": train_pbfgs}
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["processes", "crash"])
 cheap.DIGITS()
@@ -84,11 +81,6 @@ def as_rank(rank, n, port, output, function, *args):
         os.dup2(os.open(f"{output}.{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     function(*args)
     distributed.destroy()
-
-
-def run(method, argv):
-    """A script's stage; returns its summary."""
-    return SCRIPTS[method].main(SCRIPTS[method].parse_args(argv))
 
 
 def run_all(calls):

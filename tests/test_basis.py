@@ -2,6 +2,8 @@
 import numpy as np
 import pytest
 import torch
+from oracle import angle
+from runs import same, state
 from sklearn.decomposition import PCA
 from small_networks import small
 
@@ -9,12 +11,6 @@ import models
 from dldr.errors import UserError
 from dldr.snapshots import load_window, make_basis, read_snapshot, snapshot_paths
 from dldr.subspace import flat_parameters, pca_basis
-
-
-def angle(P, Q):
-    """Largest principal angle (radians) between the row spans of P and Q (k, D), through its sine: exact when small."""
-    P, Q = (np.linalg.qr(np.asarray(M, dtype=np.float64).T)[0] for M in (P, Q))
-    return float(np.arcsin(min(1.0, np.linalg.norm(Q - P @ (P.T @ Q), 2))))
 
 
 def trajectory(n=31, D=20_000, seed=0):
@@ -26,20 +22,32 @@ def trajectory(n=31, D=20_000, seed=0):
     return (rng.standard_normal(D) + path @ drift + noise).astype(np.float32)
 
 
+def steep():
+    """Singular values over four decades, as after a drop of the learning rate."""
+    rng = np.random.default_rng(3)
+    U, V = np.linalg.qr(rng.standard_normal((21, 21)))[0], np.linalg.qr(rng.standard_normal((5_000, 21)))[0]
+    return ((U * np.logspace(1, -3, 21)) @ V.T).astype(np.float32)
+
+
 @pytest.mark.parametrize("chunk_bytes", [2**27, 40_000])  # one chunk, and many with a short last one
-@pytest.mark.parametrize("k", [1, 10, 30])  # 30 = n - 1: every direction there is
-def test_basis_equals_float64_svd(k, chunk_bytes):
-    X = trajectory()
-    window = torch.tensor(X)
+@pytest.mark.parametrize(("kind", "k", "bound"), [
+    ("drift", 1, 1e-5), ("drift", 10, 1e-5), ("drift", 30, 1e-5),  # 30 = n - 1: every direction there is
+    ("steep", 15, 1e-4), ("a real run", 5, 1e-5)])
+def test_basis_equals_float64_svd(sampled, kind, k, bound, chunk_bytes):
+    window = (load_window(snapshot_paths(sampled, range(6)), small(10)) if kind == "a real run"
+              else torch.tensor({"drift": trajectory, "steep": steep}[kind]()))
+    X = window.numpy().copy()
     P, explained = pca_basis(window, k, chunk_bytes=chunk_bytes)
-    assert torch.equal(window, torch.tensor(X))  # left as it is
+    assert np.array_equal(window.numpy(), X)  # left as it is
     centred = X.astype(np.float64) - X.astype(np.float64).mean(0)
     _, S, Vt = np.linalg.svd(centred, full_matrices=False)
     assert P.shape == (k, X.shape[1]) and P.dtype == torch.float32
-    assert angle(P, Vt[:k]) < 1e-5
+    assert angle(P, Vt[:k]) < bound
     np.testing.assert_allclose(explained, S[:k] ** 2 / (S**2).sum(), rtol=1e-6)
     Q = P.double()
     assert (Q @ Q.T - torch.eye(k, dtype=torch.float64)).abs().max() <= 1e-6
+    scores = torch.tensor(centred) @ Q.T  # (n, k): coefficients times singular values; the largest fixes the sign
+    assert (scores.gather(0, scores.abs().argmax(0, keepdim=True)) > 0).all()
 
 
 @pytest.mark.parametrize("spherical", [False, True])
@@ -55,55 +63,18 @@ def test_basis_equals_sklearn_full(k, spherical):
     np.testing.assert_allclose(explained, pca.explained_variance_ratio_, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("window", "k", "message"), [
+    *((torch.randn(5, 100), k, f"5 snapshots have 1 to 4 principal components, not {k}") for k in (0, 5, 40, -0.5)),
+    (torch.randn(100).expand(6, 100), 2, "0 directions"), (torch.randn(3, 100)[[0, 1, 2, 0, 1, 2]], 3, "2 directions"),
+])
+def test_more_components_than_there_are_directions_are_refused(window, k, message):
+    with pytest.raises(ValueError, match=message):
+        pca_basis(window.clone(), k)
+
+
 def test_the_directions_of_a_snapshot_of_zeros_are_refused():
     with pytest.raises(ValueError, match="a snapshot is zero everywhere: spherical PCA divides by its norm"):
         pca_basis(torch.cat([torch.zeros(1, 50), torch.randn(4, 50)]), 2, spherical=True)
-
-
-def test_basis_of_a_real_trajectory(sampled):
-    model = small(10)
-    window = load_window(snapshot_paths(sampled, range(6)), model)
-    X = window.double().numpy().copy()
-    P, _ = pca_basis(window, 5)
-    _, _, Vt = np.linalg.svd(X - X.mean(0), full_matrices=False)
-    assert angle(P, Vt[:5]) < 1e-5
-    assert (P.double() @ P.double().T - torch.eye(5)).abs().max() <= 1e-6
-
-
-def test_steep_spectrum_stays_orthonormal():
-    """Singular values over four decades, as after a drop of the learning rate: still a float64-accurate Gram."""
-    rng = np.random.default_rng(3)
-    U, V = np.linalg.qr(rng.standard_normal((21, 21)))[0], np.linalg.qr(rng.standard_normal((5_000, 21)))[0]
-    X = (U * np.logspace(1, -3, 21)) @ V.T
-    P, _ = pca_basis(torch.tensor(X.astype(np.float32)), 15)
-    Y = X.astype(np.float32).astype(np.float64)
-    assert angle(P, np.linalg.svd(Y - Y.mean(0), full_matrices=False)[2][:15]) < 1e-4
-    assert (P.double() @ P.double().T - torch.eye(15)).abs().max() <= 1e-6
-
-
-def test_signs_are_fixed():
-    """The order and scale of arithmetic may turn an eigenvector round; its largest coefficient decides."""
-    X = trajectory()
-    P, _ = pca_basis(torch.tensor(X), 5)
-    scores = torch.tensor(X - X.mean(0)).double() @ P.double().T  # (n, k): coefficients times singular values
-    assert (scores.gather(0, scores.abs().argmax(0, keepdim=True)) > 0).all()
-
-
-@pytest.mark.parametrize("k", [0, 5, 40, -0.5])
-def test_more_components_than_the_rank_is_refused(k):
-    with pytest.raises(ValueError, match=f"5 snapshots have 1 to 4 principal components, not {k}"):
-        pca_basis(torch.randn(5, 100), k)
-
-
-def test_zero_variance_is_refused():
-    with pytest.raises(ValueError, match="0 directions"):
-        pca_basis(torch.randn(100).expand(6, 100).clone(), 2)
-
-
-def test_repeated_snapshots_are_refused():
-    three = torch.randn(3, 100)
-    with pytest.raises(ValueError, match="2 directions"):
-        pca_basis(three[[0, 1, 2, 0, 1, 2]].clone(), 3)
 
 
 def test_window_rows_are_parameters_in_order_and_model_starts_at_the_first(sampled):
@@ -112,23 +83,20 @@ def test_window_rows_are_parameters_in_order_and_model_starts_at_the_first(sampl
     window = load_window(paths, model)
     assert window.shape == (3, 6_282)
     for row, path in zip(window, paths, strict=True):
-        other.load_state_dict(torch.load(path, weights_only=True))
+        other.load_state_dict(state(path))
         assert torch.equal(row, flat_parameters(other))
-    first = torch.load(paths[0], weights_only=True)
-    assert all(torch.equal(value, first[name]) for name, value in model.state_dict().items())  # buffers included
+    assert same(model.state_dict(), paths[0])  # buffers included
 
 
 def test_official_snapshots_load(sampled, tmp_path, capsys):
-    """DataParallel's `module.` and torch.compile's `_orig_mod.` prefixes, and double precision, are understood."""
-    state = torch.load(sampled / "2.pt", weights_only=True)
-    model = small(10)
-    for i, prefix in enumerate(["module.", "_orig_mod.", "_orig_mod.module."]):
-        torch.save({prefix + name: value for name, value in state.items()}, tmp_path / f"{i}.pt")
-    torch.save({n: v.double() if v.is_floating_point() else v for n, v in state.items()}, tmp_path / "3.pt")
-    window = load_window(snapshot_paths(tmp_path, range(4)), model)
+    """DataParallel's `module.` prefix, and double precision, are understood."""
+    values, model = state(sampled / "2.pt"), small(10)
+    torch.save({f"module.{name}": value for name, value in values.items()}, tmp_path / "0.pt")
+    torch.save({n: v.double() if v.is_floating_point() else v for n, v in values.items()}, tmp_path / "1.pt")
+    window = load_window([sampled / "2.pt", *snapshot_paths(tmp_path, range(2))], model)
     assert all(torch.equal(row, window[0]) for row in window)
-    assert "3.pt holds torch.float64; converted to torch.float32" in capsys.readouterr().err
-    assert torch.equal(window[0], load_window([sampled / "2.pt"], model)[0])
+    err = capsys.readouterr().err
+    assert "1.pt holds torch.float64; converted to torch.float32" in err and "0.pt" not in err
 
 
 def test_flat_parameters_are_the_model():
@@ -148,19 +116,19 @@ def test_flat_parameters_are_the_model():
     assert again.data_ptr() == w.data_ptr() and again.shape == w.shape
 
 
-def test_read_snapshot_names_what_is_wrong(sampled, tmp_path):
-    state, model = torch.load(sampled / "1.pt", weights_only=True), small(10)
-    cases = {
-        "holds NaN": {**state, "bn1.weight": state["bn1.weight"] * float("nan")},
-        r"linear.bias is missing, in the network \(10,\)": {k: v for k, v in state.items() if k != "linear.bias"},
-        r"linear.weight is \(9, 32\), in the network \(10, 32\)": {**state, "linear.weight": torch.zeros(9, 32)},
-        "not a state dict": {"epoch": 3},
-        "another network: 5": {**state, 5: torch.zeros(1)},
-    }
-    for message, bad in cases.items():
-        torch.save(bad, tmp_path / "bad.pt")
-        with pytest.raises(UserError, match=message):
-            read_snapshot(tmp_path / "bad.pt", model)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"bn1.weight": torch.full((16,), torch.nan)}, "bn1.weight holds NaN"),
+    ({"linear.bias": None}, r"linear.bias is missing, in the network \(10,\)"),
+    ({"linear.weight": torch.zeros(9, 32)},
+     r"linear.weight is \(9, 32\), in the network \(10, 32\) .*--arch, or number of classes"),
+    ({5: torch.zeros(1)}, r"another network: 5 is \(1,\), in the network missing"),
+    ({"epoch": 3}, "is not a state dict"),
+])
+def test_read_snapshot_names_what_is_wrong(sampled, tmp_path, change, message):
+    bad = {name: value for name, value in {**state(sampled / "1.pt"), **change}.items() if value is not None}
+    torch.save(bad, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match=f"bad.pt.*{message}"):
+        read_snapshot(tmp_path / "bad.pt", small(10))
 
 
 @pytest.mark.parametrize("kind", ["pca", "random", "snapshots"])

@@ -1,8 +1,7 @@
 """The benchmarks run, compare equal work and write what they say; their times are nobody's assertion."""
 import copy
-import importlib
 import json
-from functools import partial
+from functools import cache, partial
 
 from packages import release
 
@@ -12,7 +11,7 @@ import pytest
 import sklearn
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from runs import ROOT
 
 import datasets
 import models
@@ -21,13 +20,6 @@ from dldr.subspace import ProjectedBFGS, ProjectedSGD, pca_basis
 
 NEW_SOLVER = pytest.mark.skipif(release(sklearn.__version__) < (1, 5), reason="covariance_eigh: scikit-learn 1.5 on")
 CPU, GPU = torch.device("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """A script of benchmarks/ by name, as a module."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module
 
 
 @NEW_SOLVER
@@ -112,3 +104,44 @@ def test_baseline_sees_the_same_images(script):
     drawn = torch.stack([baseline.loader(images, labels, 3, CPU, augment=True).dataset[0][0] for _ in range(40)])
     distance, which = torch.cdist(drawn.flatten(1), possible).min(1)
     assert distance.max() < 0.1 and len(which.unique()) > 20
+
+
+def test_a_sweep_of_growth_from_measurement_to_table(script, tmp_path, capsys, monkeypatch):
+    growth = script("growth")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(growth, "rates", cache(growth.rates))  # of this machine: once for all points
+    path = tmp_path / "new" / "growth.json"
+    growth.main(growth.parse_args(["--points", "resnet8,9,3", "300000,41,3", "300000,41,3,0.02", "--device", "cpu",
+                                   "--json", str(path)]))
+    assert path.exists() and not list(tmp_path.glob("growth*"))  # no snapshots are left
+    rows = json.loads(path.read_text())["points"]
+    assert [(row["D"], row["n"], row["k"], row["gib"]) for row in rows] == [
+        (75_290, 9, 3, 0), (300_000, 41, 3, 0), (300_000, 41, 3, 0.02)]
+    for row in rows:
+        assert 1 <= len(row["seconds"]["basis"]) <= 5
+        assert all(len(row["seconds"][method]) == 7 for method in ("psgd", "pbfgs"))
+    memory, streamed = (row["memory"]["basis"]["host"] for row in rows[1:])
+    assert memory > 0.9 * 4 * 41 * 300_000 > streamed > 0  # the window, and a part of it
+    text = capsys.readouterr().out
+    assert "| resnet8 | 75,290 | 9 | 3 |" in text and "| 300000, streamed under 0.02 GiB | 300,000 | 41 | 3 |" in text
+    growth.main(growth.parse_args(["--from", str(path)]))
+    assert capsys.readouterr().out == text
+
+
+def test_predictions_of_growth_by_hand(script):
+    growth, row = script("growth"), {"D": 1000, "n": 21, "k": 10, "bytes_per_second": 1e9, "float64_per_second": 1e10}
+    expected = growth.predicted(row)
+    assert expected["basis"] == {"seconds": pytest.approx((882_000 + 420_000) / 1e10), "bytes": 84_000}
+    assert expected["psgd"] == expected["pbfgs"] == {"seconds": pytest.approx(8e-5), "bytes": 40_000}
+    assert growth.predicted(row | {"gib": 0.5}, 4)["basis"]["bytes"] == 2**27
+    assert growth.predicted(row, 4)["psgd"]["bytes"] == 10_000
+
+
+@pytest.mark.parametrize(("name", "directory"), [("growth", "cost-growth"), ("scale", "scale")])
+def test_recorded_tables_are_those_of_their_measurements(script, name, directory):
+    results = ROOT / "results" / directory
+    text = script(name).table(json.loads((results / f"{name}.json").read_text()))
+    assert text == (results / "table.md").read_text()
+    page = (ROOT / "docs" / "scale.md").read_text()
+    assert name == "growth" or all(part.strip() in page for part in text.split("\n\n")
+                                   if "float32" in part or "largest" in part)

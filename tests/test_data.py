@@ -20,26 +20,28 @@ def loader(n=64, seed=1, batch_size=20, **options):
     return ArrayBatches(x, y, SOURCES["CIFAR10"], batch_size, "cpu", seed=seed, **options)
 
 
-def test_pixels_equal_torchvision_for_given_draws():
-    """Every flip and window, each through torchvision's own flip, zero padding, crop, ToTensor and Normalize."""
-    raw, _ = images(162)
-    flip, top, left = torch.tensor([(f, t, c) for f in (0, 1) for t in range(9) for c in range(9)]).T
-    batches = ArrayBatches(raw, np.zeros(162, int), SOURCES["CIFAR10"], 128, "cpu", augment=True)
-    ours = batches.pixels(torch.arange(162), flip, top, left)
-    finish = transforms.Compose([transforms.ToTensor(), transforms.Normalize(*SOURCES["CIFAR10"][1:3])])
-    for i in range(162):
-        x = torch.from_numpy(raw[i]).permute(2, 0, 1)
-        x = TF.hflip(x) if flip[i] else x
-        x = TF.crop(TF.pad(x, [4]), int(top[i]), int(left[i]), 32, 32)
-        assert torch.equal(ours[i], finish(x.permute(1, 2, 0).numpy()))
-
-
-def test_evaluation_pixels_equal_torchvision_in_file_order():
-    raw, labels = images(50)
-    finish = transforms.Compose([transforms.ToTensor(), transforms.Normalize(*SOURCES["CIFAR10"][1:3])])
-    batches = list(ArrayBatches(raw, labels, SOURCES["CIFAR10"], 20, "cpu").epoch(0))
-    assert torch.equal(torch.cat([x for x, _ in batches]), torch.stack([finish(image) for image in raw]))
-    assert torch.equal(torch.cat([y for _, y in batches]), torch.as_tensor(labels))
+@pytest.mark.parametrize(("shape", "augment", "training"), [
+    ((32, 32), "flip crop", True), ((12, 10), "flip crop", True), ((12, 10), "flip", True), ((12, 10), "crop", True),
+    ((32, 32), "flip crop", False)])
+def test_pixels_equal_torchvision(shape, augment, training):
+    """What is drawn, each through torchvision's own flip, zero padding, crop, ToTensor and Normalize; and
+    evaluation, in the order of the file, with neither flip nor crop."""
+    raw = np.random.default_rng(0).integers(0, 256, (400, *shape, 3), np.uint8)
+    _, mean, std, *_ = SOURCES["CIFAR10"]
+    batches = ArrayBatches(raw, np.zeros(400, int), datasets.Source(3, mean, std, None, augment), 128, "cpu", seed=1,
+                           shuffle=training, augment=training)
+    order, flip, top, left = batches.draws(2)
+    x = torch.cat([x for x, _ in batches.epoch(2)])
+    assert training or order.tolist() == list(range(400))
+    for kind, drawn in (("flip", flip), ("crop", top), ("crop", left)):
+        assert set(drawn.tolist()) == set(range(2 if kind == "flip" else 9) if kind in augment else [0])
+    finish = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
+    for i in range(400):
+        image = torch.from_numpy(raw[order[i]]).permute(2, 0, 1)
+        if training:
+            image = TF.pad(TF.hflip(image) if flip[i] else image, [4 * ("crop" in augment)])
+            image = TF.crop(image, int(top[i]), int(left[i]), *shape)
+        assert torch.equal(x[i], finish(image.permute(1, 2, 0).numpy()))
 
 
 def test_draws_have_torchvisions_distribution():
@@ -146,14 +148,14 @@ def test_mnist_becomes_32_pixels_and_three_channels(tmp_path, monkeypatch):
     assert torch.equal(x[:, 2:30, 2:30, 1], Fake.data) and not x[:, :2].any() and not x[:, :, 30:].any()
 
 
-def test_unknown_data_set_lists_close_names():
-    with pytest.raises(UserError, match="CIFAR10"):
-        datasets.check_name("cifar-10")
-
-
 def test_normalisation_constants_of_digits():
     pixels = datasets.read_digits(None)[0] / 255
     assert (round(pixels.mean(), 4), round(pixels.std(), 4)) == (SOURCES["digits"].mean[0], SOURCES["digits"].std[0])
+
+
+def test_digits_are_not_mirrored():
+    assert {name for name, source in SOURCES.items() if "flip" in source.augment} == {
+        "CIFAR10", "CIFAR100", "FashionMNIST"}
 
 
 def test_real_cifar10(real_cifar10):
@@ -164,11 +166,3 @@ def test_real_cifar10(real_cifar10):
     x = torch.cat([x for x, _ in data.test.epoch(0)])
     means = x.mean((0, 2, 3)) * data.test.std + data.test.mean
     torch.testing.assert_close(means, torch.tensor([0.4942, 0.4851, 0.4504]), atol=2e-3, rtol=0)  # known channel means
-
-
-@pytest.mark.parametrize(("name", "flips"), [("CIFAR10", True), ("FashionMNIST", True), ("MNIST", False),
-                                             ("digits", False)])
-def test_digits_are_not_mirrored(name, flips):
-    images, labels = np.zeros((200, 32, 32, 3), np.uint8), np.zeros(200, int)
-    batches = ArrayBatches(images, labels, SOURCES[name], 10, "cpu", shuffle=True, augment=True)
-    assert (set(batches.draws(0)[1].tolist()) == {0, 1}) == flips

@@ -8,19 +8,18 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import digits_args, network
+from oracle import angle
 from processes import (
-    SCRIPTS,
     Ranks,
     as_rank,
     command,
     command_without_torchrun,
-    run,
     run_all,
     run_with_one_network,
     start,
     without_evaluation,
 )
+from runs import SCRIPTS, WINDOW, digits_args, digits_run, log_of, network, run, same, state
 from small_networks import small
 
 import datasets
@@ -33,11 +32,9 @@ from dldr.subspace import flat_parameters, pca_basis
 
 def final(directory, method):
     """The final network's parameters as one vector."""
-    state = torch.load(directory / f"{method}_final.pt", weights_only=True)
-    return torch.cat([value.reshape(-1).double() for value in state.values()])
+    return torch.cat([value.reshape(-1).double() for value in state(directory / f"{method}_final.pt").values()])
 
 
-WINDOW = ["--params_start", "0", "--params_end", "6", "--n_components", "4"]
 ALGORITHMS = {  # name: (method, flags)
     "sgd": ("sgd", []), "adam": ("sgd", ["--optimizer", "adam"]), "accumulated": ("sgd", ["--accumulate", "2"]),
     **{f"{name}{shard}": (method, [*WINDOW, "--shard-basis", shard, *flags]) for shard in ("on", "off")
@@ -53,16 +50,14 @@ def test_1_2_and_4_processes_train_the_same_network(tmp_path):
     Rounding grows faster in P+-BFGS, and in Adam, whose steps of 1e-3 are as long where a gradient is only rounding.
     """
     shots, arch, lr = tmp_path / "shots", network("fixed_batch_norm"), 0.02
-    run("sgd", digits_args(shots, "--epochs", "5", "--lr", str(lr), "--arch", arch))
+    digits_run("sgd", shots, "--epochs", 5, "--lr", lr, "--arch", arch)
     rates = {"sgd": lr, "adam": lr / 50, "accumulated": lr, **dict.fromkeys(("psgdon", "psgdoff", "streamed"), 10 * lr)}
 
     def calls(n):
         for name, (method, flags) in ALGORITHMS.items():
             where = tmp_path / f"{name}_{n}"
-            places = ["--save-dir", str(where)] if method == "sgd" else ["--save-dir", str(shots), "--output-dir",
-                                                                           str(where)]
-            rate = ["--lr", str(rates.get(name, 1))]
-            yield method, digits_args(where, "--epochs", "1", *flags, "--arch", arch, *places, *rate)
+            places = [where] if method == "sgd" else [shots, "--output-dir", where]
+            yield method, digits_args(*places, "--epochs", 1, *flags, "--arch", arch, "--lr", rates.get(name, 1))
 
     run_all(calls(1))
     for n in (2, 4):
@@ -73,9 +68,7 @@ def test_1_2_and_4_processes_train_the_same_network(tmp_path):
             one, several = (final(tmp_path / f"{name}_{m}", method) for m in (1, n))
             bound = 1e-3 if name == "adam" else 1e-4 if "plus" in name else 1e-5
             assert float((one - several).abs().max()) <= bound, (name, n)
-            logs = [[json.loads(line) for line in (tmp_path / f"{name}_{m}" / f"{method}_log.jsonl").open()]
-                    for m in (1, n)]
-            for ours, theirs in zip(*logs, strict=True):
+            for ours, theirs in zip(*(log_of(tmp_path / f"{name}_{m}", method) for m in (1, n)), strict=True):
                 assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
                 assert ours["train_accuracy"] == pytest.approx(theirs["train_accuracy"], abs=0.5)
                 assert ours["test_accuracy"] == pytest.approx(theirs["test_accuracy"], abs=0.6)
@@ -86,7 +79,7 @@ def test_1_2_and_4_processes_train_the_same_network(tmp_path):
 
 def test_every_process_has_the_same_parameters_and_bits(sampled, tmp_path):
     """Batch norm's statistics differ, and yet after P-BFGS and P-SGD, sharded or not, all hold one w, bit for bit."""
-    calls = [(method, digits_args(sampled, "--output-dir", str(tmp_path / f"{method}{shard}"), "--epochs", "1", *WINDOW,
+    calls = [(method, digits_args(sampled, "--output-dir", tmp_path / f"{method}{shard}", "--epochs", 1, *WINDOW,
                                   "--shard-basis", shard)) for method in ("psgd", "pbfgs") for shard in ("on", "off")]
     ranks = Ranks(3, tmp_path, run_with_one_network, calls)
     assert ranks.wait() == [0] * 3, ranks.err(1)
@@ -116,12 +109,6 @@ def test_sharded_and_streamed_basis_is_the_plain_one(sampled, tmp_path, spherica
     assert ranks.wait() == [0] * 3, ranks.err(1)
 
 
-def angle(P, Q):
-    """Largest principal angle between the row spans of P and Q (k, D), by its sine."""
-    P, Q = (torch.linalg.qr(X.double().T)[0] for X in (P, Q))
-    return float(torch.linalg.matrix_norm(Q - P @ (P.T @ Q), 2))
-
-
 @pytest.mark.parametrize(("memory", "start", "spherical"), [(10**4, "first", False), (4 * 10**4, "last", True),
                                                              (10**4, "mean", True)])
 def test_streamed_basis_is_the_one_in_memory(sampled, memory, start, spherical):
@@ -138,10 +125,10 @@ def test_streamed_basis_is_the_one_in_memory(sampled, memory, start, spherical):
 
 def test_a_damaged_file_of_a_streamed_window_is_named(sampled, tmp_path):
     for i in range(4):
-        state = torch.load(sampled / f"{i}.pt", weights_only=True)
+        values = state(sampled / f"{i}.pt")
         if i == 2:
-            state["conv1.weight"][0] = float("nan")
-        torch.save(state, tmp_path / f"{i}.pt", _use_new_zipfile_serialization=i != 3)
+            values["conv1.weight"][0] = float("nan")
+        torch.save(values, tmp_path / f"{i}.pt", _use_new_zipfile_serialization=i != 3)
     model = small(10)
     with pytest.raises(UserError, match=r"2\.pt: conv1.weight"):
         load_window(snapshot_paths(tmp_path, range(3)), model, memory=10**4)
@@ -171,15 +158,22 @@ def test_every_sample_goes_to_one_process(samples, batch, monkeypatch):
             assert whole == datasets.batch_sizes(samples, batch)
 
 
+RESNET8 = ["--lr", "0.05", "--arch", "resnet8", "--smalldatasets", "0.1"]
+
+
+def begun(tmp_path, argv, file):
+    """Two ranks of a run that has written this file."""
+    ranks, deadline = Ranks(2, tmp_path, command, "sgd", argv), time.monotonic() + 60
+    while not (tmp_path / "run" / file).is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return ranks
+
+
 @pytest.mark.parametrize(("harm", "seconds"), [(signal.SIGKILL, 20), (signal.SIGSTOP, 25)])
 def test_a_dead_or_silent_process_ends_the_others(harm, seconds, tmp_path):
     """Within the timeout, with one line; and one process goes on from the checkpoint of the two."""
-    argv = digits_args(tmp_path / "run", "--lr", "0.05", "--save-every", "1", "--timeout", "8", "--resume", "auto",
-                       "--arch", "resnet8", "--smalldatasets", "0.1")
-    ranks = Ranks(2, tmp_path, command, "sgd", [*argv, "--epochs", "1000"])
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "sgd_checkpoint.pt").is_file() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    argv = digits_args(tmp_path / "run", *RESNET8, "--save-every", 1, "--timeout", 8, "--resume", "auto")
+    ranks = begun(tmp_path, [*argv, "--epochs", "1000"], "sgd_checkpoint.pt")
     os.kill(ranks.members[1].pid, harm)
     since = time.monotonic()
     ranks.members[0].join(60)
@@ -188,10 +182,9 @@ def test_a_dead_or_silent_process_ends_the_others(harm, seconds, tmp_path):
     assert ranks.wait() == [1, -signal.SIGKILL]
     line = ranks.err(0).strip()
     assert "\n" not in line and "another process of this run" in line and "--resume auto" in line
-    done = len((tmp_path / "run" / "sgd_log.jsonl").read_text().splitlines())
+    done = len(log_of(tmp_path / "run", "sgd"))
     run("sgd", [*argv, "--epochs", str(done + 1)])
-    log = [json.loads(line) for line in (tmp_path / "run" / "sgd_log.jsonl").open()]
-    assert [line["epoch"] for line in log] == list(range(1, done + 2)) and done >= 1
+    assert [line["epoch"] for line in log_of(tmp_path / "run", "sgd")] == list(range(1, done + 2)) and done >= 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -214,14 +207,12 @@ def test_a_checkpoint_of_two_resumes_as_one_and_as_four(method, tmp_path):
     """To the network that one process alone would have had, up to rounding."""
     shots = tmp_path / "shots"
     arch = ["--arch", network("no_batch_norm")]
-    run("sgd", digits_args(shots, "--epochs", "5", "--lr", "0.05", *arch))
+    digits_run("sgd", shots, "--epochs", 5, "--lr", 0.05, *arch)
 
     def argv(name, epochs):
-        places = ["--save-dir", str(tmp_path / name)]
-        if method != "sgd":
-            places = ["--save-dir", str(shots), "--output-dir", str(tmp_path / name), *WINDOW]
-        return digits_args(tmp_path, "--resume", "auto", "--epochs", str(epochs), *arch, *places,
-                           "--lr", "0.05" if method == "sgd" else "0.5")
+        places = [tmp_path / name] if method == "sgd" else [shots, "--output-dir", tmp_path / name, *WINDOW]
+        rate = 0.05 if method == "sgd" else 0.5
+        return digits_args(*places, "--resume", "auto", "--epochs", epochs, *arch, "--lr", rate)
 
     run(method, argv("whole", 3))
     for n, epochs in ((2, 1), (1, 2), (4, 3)):
@@ -235,12 +226,8 @@ def test_a_checkpoint_of_two_resumes_as_one_and_as_four(method, tmp_path):
 
 
 def test_a_signal_to_one_process_stops_all_and_leaves_a_checkpoint(tmp_path):
-    argv = digits_args(tmp_path / "run", "--lr", "0.05", "--epochs", "1000", "--save-every", "1000",
-                       "--arch", "resnet8", "--smalldatasets", "0.1")
-    ranks = Ranks(2, tmp_path, command, "sgd", argv)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "1.pt").is_file() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    argv = digits_args(tmp_path / "run", *RESNET8, "--epochs", "1000", "--save-every", "1000")
+    ranks = begun(tmp_path, argv, "1.pt")
     os.kill(ranks.members[1].pid, signal.SIGTERM)
     assert ranks.wait(30) == [143, 143]
     lines = (ranks.err(0) + ranks.err(1)).strip()
@@ -260,7 +247,7 @@ def test_bad_input_is_one_line_of_one_process(more, tmp_path):
 
 def test_what_only_the_first_process_sees_is_one_line_too(sampled, tmp_path):
     """A directory with another run's results, which process 0 looks into; nothing in it changes."""
-    run("sgd", digits_args(tmp_path / "run", "--epochs", "1", "--lr", "0.05"))
+    digits_run("sgd", tmp_path / "run", "--epochs", 1, "--lr", 0.05)
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     ranks = Ranks(2, tmp_path, command, "sgd", digits_args(tmp_path / "run", "--epochs", "1", "--lr", "0.1"))
     assert ranks.wait(60) == [1, 1]
@@ -289,20 +276,18 @@ def test_parameters_without_gradient_stay_where_they_are(flags, tmp_path):
     assert ranks.wait() == [0, 0], ranks.err(0)
     assert float((final(tmp_path / "1", "sgd") - final(tmp_path / "2", "sgd")).abs().max()) <= 1e-5
     for n in "12":
-        first, last = (torch.load(tmp_path / n / f"{i}.pt", weights_only=True)["0.unused.weight"] for i in (0, 1))
-        assert torch.equal(first, last)
+        assert torch.equal(*(state(tmp_path / n / f"{i}.pt")["0.unused.weight"] for i in (0, 1)))
 
 
 def test_snapshots_in_bfloat16(tmp_path, capsys):
     """Half the size but for the initialisation, batch-norm statistics as they are, and their span is near."""
     for dtype in ("float32", "bfloat16"):
-        run("sgd", digits_args(tmp_path / dtype, "--epochs", "5", "--lr", "0.05", "--snapshot-dtype", dtype))
-    plain, half = (torch.load(tmp_path / dtype / "5.pt", weights_only=True) for dtype in ("float32", "bfloat16"))
+        digits_run("sgd", tmp_path / dtype, "--epochs", 5, "--lr", 0.05, "--snapshot-dtype", dtype)
+    plain, half = (state(tmp_path / dtype / "5.pt") for dtype in ("float32", "bfloat16"))
     names = {name for name, _ in small(10).named_parameters()}
     for name, value in plain.items():
         assert torch.equal(half[name], value.bfloat16() if name in names else value)
-    first = [torch.load(tmp_path / dtype / "0.pt", weights_only=True) for dtype in ("float32", "bfloat16")]
-    assert all(torch.equal(first[0][name], first[1][name]) for name in first[0])
+    assert same(tmp_path / "float32" / "0.pt", tmp_path / "bfloat16" / "0.pt")
     bases = [pca_basis(load_window(snapshot_paths(tmp_path / dtype, range(6)), small(10)), 3)[0]
              for dtype in ("float32", "bfloat16")]
     assert angle(*bases) < 0.1  # seen: 0.07
@@ -310,12 +295,11 @@ def test_snapshots_in_bfloat16(tmp_path, capsys):
 
 
 def test_pretrained_file_is_where_training_starts(sampled, tmp_path):
-    state = torch.load(sampled / "sgd_final.pt", weights_only=True)
-    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "weights.pt")
+    final = state(sampled / "sgd_final.pt")
+    torch.save({f"module.{name}": value for name, value in final.items()}, tmp_path / "weights.pt")
     for source in (tmp_path / "weights.pt", sampled / "sgd_checkpoint.pt"):
         where = tmp_path / source.stem
-        run("sgd", digits_args(where, "--epochs", "1", "--lr", "0.001", "--pretrained", str(source)))
-        start = torch.load(where / "0.pt", weights_only=True)
-        assert all(torch.equal(start[name], state[name]) for name in state)
+        digits_run("sgd", where, "--epochs", 1, "--lr", 0.001, "--pretrained", source)
+        assert same(where / "0.pt", final)
     with pytest.raises(UserError, match="--pretrained .*weights.pt does not fit"):
-        run("sgd", digits_args(tmp_path / "other", "--pretrained", str(tmp_path / "weights.pt"), "--arch", "resnet20"))
+        digits_run("sgd", tmp_path / "other", "--pretrained", tmp_path / "weights.pt", "--arch", "resnet20")

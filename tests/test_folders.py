@@ -5,17 +5,15 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import ROOT, network, run, same
 
 import datasets
 from dldr.errors import UserError
-
-ROOT = Path(__file__).parent.parent
 
 
 def draw(path, pixels=None):
@@ -147,6 +145,31 @@ def test_real_photographs(tmp_path):
     data = load(tmp_path / "imagenette_mini", part=0.02)
     (x, y), *_ = data.train.epoch(0)
     assert data.classes == 10 and data.train.samples == 16 and x.shape == (4, 3, 224, 224) and x.std() > 0.5
+
+
+# --------------------------------------------------------------------------------------------- through the scripts
+
+
+def imagenet(method, root, directory, arch, *more):
+    return run(method, ["--datasets", "ImageNet", "--data", str(root), "--arch", arch, "--batch-size", "4", "--workers",
+                        "1", "--device", "cpu", "--save-dir", str(directory), *more])
+
+
+def test_resume_is_exact_with_dropout_and_workers(folder, tmp_path):
+    """Dropout masks and augmentation are functions of (seed, epoch), so a second epoch needs no first one before it."""
+    root = folder(train=6)
+    for name, epochs in (("whole", "2"), ("cut", "1"), ("cut", "2")):
+        imagenet("sgd", root, tmp_path / name, network("dropout"), "--lr", "0.001", "--samples-per-epoch", "1",
+                 "--epochs", epochs, "--resume", "auto")
+    assert same(tmp_path / "whole" / "2.pt", tmp_path / "cut" / "2.pt")
+
+
+def test_sgd_then_psgd_with_a_network_of_torchvisions(folder, tmp_path):
+    flags = folder(train=6), tmp_path / "run", "squeezenet1_1", "--epochs", "1"
+    imagenet("sgd", *flags, "--lr", "0.001", "--samples-per-epoch", "3")
+    assert sorted(p.name for p in (tmp_path / "run").glob("[0-9]*.pt")) == ["0.pt", "1.pt", "2.pt", "3.pt"]
+    summary = imagenet("psgd", *flags, "--params_end", "4", "--n_components", "2")
+    assert summary["snapshots"] == 4 and summary["parameters_trained"] == 2 and summary["test_top5_last"] == 100
 
 
 # ------------------------------------------------------------------------------------------------- when something fails

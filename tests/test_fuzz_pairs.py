@@ -9,11 +9,11 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import network
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import network
 from test_fuzz import cases, often, outcome
-from test_resume import assert_equal, result
+from test_resume import result
 
 import datasets
 import train_pbfgs
@@ -203,7 +203,7 @@ def test_a_run_in_the_directory_of_another_is_that_run_or_refused(world, tmp_pat
             ours, alone = left(script, tmp_path / "run"), left(script, world.alone(script, now))
             if how == "path":  # the snapshots before are where they were
                 alone = *alone[:2], {name: value for name, value in alone[2].items() if name in ours[2]}
-            assert_equal(ours, alone)
+            assert ours == alone
         if not trains or how == "auto" and state == "finished" and now["--epochs"] == then["--epochs"]:
             assert before == {path.name: path.read_bytes() for path in there.iterdir()}
         if not trains:

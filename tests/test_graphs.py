@@ -3,19 +3,14 @@ import ctypes
 
 import pytest
 import torch
-from conftest import digits_args
+from runs import digits_run, same, state
 
 import models
-import train_pbfgs
-import train_psgd
-import train_sgd
 import utils
 from dldr import engine, graphs
 from dldr.errors import UserError
-from dldr.files import load_file
 from dldr.subspace import Basis, ProjectedSGD
 
-WINDOW = ["--params_end", "6", "--n_components", "4"]
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
@@ -63,25 +58,18 @@ def test_which_steps_are_captured():
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-@pytest.mark.parametrize("script, more", [
-    (train_sgd, ["--milestones", "2"]), (train_sgd, ["--optimizer", "adam"]), (train_sgd, ["--accumulate", "2"]),
-    (train_psgd, [*WINDOW, "--milestones", "2"]), (train_pbfgs, WINDOW),
-    (train_pbfgs, [*WINDOW, "--half", "--smalldatasets", "0.1", "--allow-mismatch", "smalldatasets"]),
-    (train_pbfgs, [*WINDOW, "--alpha", "0.01", "--accumulate", "3"]),
+@pytest.mark.parametrize("method, more", [
+    ("sgd", ["--milestones", 2]), ("sgd", ["--optimizer", "adam"]), ("sgd", ["--accumulate", 2]),
+    ("psgd", ["--milestones", 2]), ("pbfgs", []),
+    ("pbfgs", ["--half", "--smalldatasets", 0.1, "--allow-mismatch", "smalldatasets"]),
+    ("pbfgs", ["--alpha", 0.01, "--accumulate", 3]),
 ])
-def test_runs_with_and_without_capture_are_the_same(sampled, tmp_path, script, more, device):
+def test_runs_with_and_without_capture_are_the_same(sampled, tmp_path, method, more, device):
     """431 images in batches of 64, the last of 47; a drop of the learning rate; bitwise on a CPU."""
-    results = []
     for mode in ("off", "on"):
-        argv = digits_args(tmp_path / mode if script is train_sgd else sampled, "--epochs", "4", *more)
-        argv += ["--cuda-graphs", mode, "--device", device, "--deterministic", "--conv-tf32", "off"]
-        argv += [] if script is train_sgd else ["--output-dir", str(tmp_path / mode)]
-        script.main(script.parse_args(argv))
-        method = script.__name__.removeprefix("train_")
-        results.append(load_file(tmp_path / mode / f"{method}_final.pt", "final network"))
-    off, on = results
-    for name in off:
-        assert torch.equal(off[name], on[name]), name
+        digits_run(method, tmp_path / mode if method == "sgd" else sampled, "--epochs", 4, *more, "--cuda-graphs", mode,
+                   "--device", device, "--deterministic", "--conv-tf32", "off", output=tmp_path / mode)
+    assert same(*(tmp_path / mode / f"{method}_final.pt" for mode in ("off", "on")))
 
 
 def test_losses_read_late_give_the_same_epoch_and_still_stop():
@@ -179,22 +167,18 @@ def test_a_captured_step_is_a_bounded_number_of_nodes(kind, deterministic, monke
 
 def test_a_checkpoint_of_adam_from_another_device_keeps_this_ones_kernels(tmp_path):
     """As a CUDA run would have written it: capturable, which refuses a CPU."""
-    argv = digits_args(tmp_path, "--epochs", "1", "--optimizer", "adam")
-    train_sgd.main(train_sgd.parse_args(argv))
-    path = tmp_path / "sgd_checkpoint.pt"
-    state = torch.load(path, weights_only=True)
-    for group in state["optimizer"]["param_groups"]:
+    digits_run("sgd", tmp_path, "--optimizer", "adam", "--epochs", 1)
+    saved = state(path := tmp_path / "sgd_checkpoint.pt")
+    for group in saved["optimizer"]["param_groups"]:
         assert group["capturable"] is False
         group["capturable"] = True
-    torch.save(state, path)
-    argv[argv.index("--epochs") + 1] = "2"
-    assert train_sgd.main(train_sgd.parse_args([*argv, "--resume", "auto"]))["epochs"] == 2
+    torch.save(saved, path)
+    assert digits_run("sgd", tmp_path, "--optimizer", "adam", "--epochs", 2, "--resume", "auto")["epochs"] == 2
 
 
 def test_no_snapshot_holds_statistics_that_are_not_finite(tmp_path):
     """Losses are read late on a GPU, and gradients accumulate: the network's buffers know first."""
-    argv = digits_args(tmp_path, "--epochs", "1", "--accumulate", "9", "--samples-per-epoch", "7", "--lr", "1e38")
     with pytest.raises(UserError, match="epoch 1: the (network is not finite|test loss is|training loss is)"):
-        train_sgd.main(train_sgd.parse_args(argv))
+        digits_run("sgd", tmp_path, "--epochs", 1, "--accumulate", 9, "--samples-per-epoch", 7, "--lr", 1e38)
     for path in tmp_path.glob("[0-9]*.pt"):
-        assert all(value.isfinite().all() for value in load_file(path, "snapshot").values())
+        assert all(value.isfinite().all() for value in state(path).values())

@@ -1,4 +1,4 @@
-"""The CIFAR ResNets against the published parameter counts, the registry, and networks from a file."""
+"""The registry, torchvision's networks and weights, and networks from a file."""
 import importlib
 from pathlib import Path
 
@@ -6,65 +6,20 @@ import pytest
 import torch
 import torchvision.models as tv_models
 import torchvision.models._api as tv_api
-from conftest import digits_args
+from runs import SCRIPTS, digits_run, state
 
 import models
-import train_pbfgs
-import train_psgd
-import train_sgd
 from dldr.errors import UserError
-from dldr.files import load_file
-
-COUNTS = {  # parameters for 10 and for 100 classes
-    "resnet8": (75_290, 81_140), "resnet20": (269_722, 275_572), "resnet32": (464_154, 470_004),
-    "resnet44": (658_586, 664_436), "resnet56": (853_018, 858_868), "resnet110": (1_727_962, 1_733_812),
-    "resnet1202": (19_421_274, 19_427_124),
-}
 
 
-@pytest.mark.parametrize("arch", COUNTS)
-def test_parameter_counts(arch):
-    for classes, count in zip((10, 100), COUNTS[arch], strict=True):
-        with torch.device("meta"):
-            assert sum(p.numel() for p in models.get_model(arch, classes).parameters()) == count
-
-
-def test_shapes_strides_and_gradients():
-    model = models.get_model("resnet20", 100)
-    sizes = []
-    for stage in (model.layer1, model.layer2, model.layer3):
-        stage.register_forward_hook(lambda module, x, out: sizes.append(tuple(out.shape[1:])))
-    out = model(torch.randn(2, 3, 32, 32))
-    assert out.shape == (2, 100) and sizes == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
-    out.sum().backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
-
-
-def test_shortcut_is_option_a():
-    """With the block's own branch silenced the block is its shortcut: every second pixel, zeros in the new channels."""
-    block = models.get_model("resnet8", 10).layer2[0]
-    torch.nn.init.zeros_(block.bn2.weight)
-    x = torch.rand(2, 16, 8, 8)
-    out = block(x)
-    assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
-    assert not out[:, :8].any() and not out[:, 24:].any()
-
-
-def test_weights_are_kaiming_normal():
-    torch.manual_seed(0)
-    model = models.get_model("resnet56", 10)
-    weight = model.layer3[4].conv2.weight
-    assert abs(weight.std().item() / (2 / (64 * 9)) ** 0.5 - 1) < 0.02
-    assert model.linear.weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.1)
-
-
-def test_unknown_names_list_close_ones():
-    with pytest.raises(UserError, match="resnet20"):
-        models.get_model("resnet21", 10)
-    with pytest.raises(UserError, match="resnet18"):
-        models.get_model("resnet_18", 10, "ImageNet")
-    with pytest.raises(UserError, match="pretrained"):
-        models.get_model("resnet20", 10, pretrained=True)
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("resnet21", 10), "resnet20"), (("resnet_18", 10, "ImageNet"), "resnet18"),
+    (("resnet20", 10, "CIFAR10", True), "--pretrained: there are no weights for resnet20 on CIFAR10"),
+    (("resnet18", 10, "ImageNet", True), "torchvision's weights have 1000 classes, --data has 10"),
+])
+def test_networks_that_there_are_not(arguments, message):
+    with pytest.raises(UserError, match=message):
+        models.get_model(*arguments)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "googlenet", "inception_v3"])
@@ -72,11 +27,6 @@ def test_imagenet_models_are_torchvisions_with_one_output(arch):
     model = models.get_model(arch, 7, "ImageNet")
     out = model.train()(torch.randn(2, 3, 299, 299) if arch == "inception_v3" else torch.randn(2, 3, 64, 64))
     assert isinstance(out, torch.Tensor) and out.shape == (2, 7)
-
-
-def test_pretrained_needs_the_weights_own_classes():
-    with pytest.raises(UserError, match="1000 classes"):
-        models.get_model("resnet18", 10, "ImageNet", pretrained=True)
 
 
 def test_pretrained_weights_are_loaded_without_unpickling(monkeypatch):
@@ -111,7 +61,6 @@ def test_registry_lists_what_it_builds():
     assert files == set(models.FAMILIES)
     for file, names in models.FAMILIES.items():
         assert list(importlib.import_module(f"models.{file}").MODELS) == names.split()
-    assert len(models.list_models("CIFAR100")) == 52 and set(COUNTS) < set(models.list_models("CIFAR100"))
     assert {"resnet18", "vit_b_16"} < set(models.list_models("ImageNet"))
 
 
@@ -157,8 +106,11 @@ def pair(num_classes):
 
 def none(num_classes):
     pass
+
+
+def other(classes):
+    pass
 """
-SCRIPTS = {"sgd": train_sgd, "psgd": train_psgd, "pbfgs": train_pbfgs}
 
 
 @pytest.fixture
@@ -167,10 +119,8 @@ def own(tmp_path):
     return tmp_path / "own.py"
 
 
-def start(method, arch, directory, *more):
-    window = [] if method == "sgd" else ["--params_end", "3", "--n_components", "2"]
-    argv = digits_args(directory, "--arch", arch, "--smalldatasets", "0.1", "--epochs", "2", *window, *more)
-    return SCRIPTS[method].main(SCRIPTS[method].parse_args(argv))
+def start(method, arch, directory, *more, output=None):
+    return digits_run(method, directory, "--arch", arch, "--smalldatasets", 0.1, "--epochs", 5, *more, output=output)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -180,7 +130,7 @@ def test_frozen_and_unused_parameters_of_an_own_network_stay(own, tmp_path, opti
                           ("pbfgs", "--alpha", "0.01")):
         summary = start(method, f"{own}:net", tmp_path, *more)
         assert summary["parameters"] == 8 * 4 * 9 + 2 * 8 + 2 * (8 * 10 + 10)  # without the frozen ones
-        first, final = (load_file(tmp_path / name, "state dict") for name in ("0.pt", f"{method}_final.pt"))
+        first, final = (state(tmp_path / name) for name in ("0.pt", f"{method}_final.pt"))
         moved = {name for name in first if not torch.equal(first[name], final[name])}
         assert moved == {name for name in first if not name.startswith(("frozen", "unused"))}
     assert start("psgd", f"{own}:net", tmp_path, "--evaluate")["accuracy"] > 0
@@ -189,13 +139,14 @@ def test_frozen_and_unused_parameters_of_an_own_network_stay(own, tmp_path, opti
 @pytest.mark.parametrize("method", SCRIPTS)
 @pytest.mark.parametrize("function, message", [
     ("net", "there is no file"), ("nothing", "own.py has no function nothing"),
+    ("other", "other is called with num_classes: missing a required"),
     ("none", "the function returned a NoneType, not a torch.nn.Module"),
     ("wide", r"for 2 samples and 10 classes the network returned \(2, 11\) logits"),
     ("pair", "for 2 samples and 10 classes the network returned a tuple"),
 ])
 def test_own_networks_that_cannot_be_trained(own, sampled, tmp_path, method, function, message):
     file = own.with_name("missing.py") if "no file" in message else own
-    output = [] if method == "sgd" else ["--output-dir", str(tmp_path / "out")]
+    out = tmp_path / "out"
     with pytest.raises(UserError, match=rf"^--arch {file}:{function}: .*{message}"):
-        start(method, f"{file}:{function}", tmp_path / "out" if method == "sgd" else sampled, *output)
+        start(method, f"{file}:{function}", out if method == "sgd" else sampled, output=out)
     assert not (tmp_path / "out").exists()

@@ -6,19 +6,16 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
-from conftest import ROOT
+from runs import ROOT, SCRIPTS
+from runs import run as run_script
 from test_folders import draw, samples
 
 import datasets
 import report
-import train_pbfgs
-import train_psgd
-import train_sgd
 import trajectory
 from dldr import userfile
 from dldr.errors import UserError
 
-SCRIPTS = {"sgd": train_sgd, "psgd": train_psgd, "pbfgs": train_pbfgs}
 FILE = """
 import numpy as np
 import torch
@@ -104,22 +101,6 @@ def test_npz_is_normalised_by_the_training_images_and_not_augmented(tmp_path, sh
     assert torch.equal(y, torch.arange(30)[order] % 3) and data.example.shape == (2, *x.shape[1:])
 
 
-@pytest.mark.parametrize("augment", ["flip", "crop", "flip crop"])
-def test_augmentation_is_what_the_function_says(augment):
-    """On 12 x 10 pixels, each draw through torchvision's own flip, padding and crop."""
-    raw = np.random.default_rng(0).integers(0, 256, (50, 12, 10, 1), np.uint8)
-    source = datasets.Source(3, (0.0,), (1.0,), None, augment)
-    batches = datasets.ArrayBatches(raw, np.zeros(50, int), source, 50, "cpu", seed=1, shuffle=True, augment=True)
-    order, flip, top, left = batches.draws(2)
-    (x, _), = batches.epoch(2)
-    assert (set(flip.tolist()) == {0, 1}) == ("flip" in augment) and (top.max() > 4) == ("crop" in augment)
-    pad = 4 * ("crop" in augment)
-    for i in range(50):
-        image = torch.from_numpy(raw[order[i]]).permute(2, 0, 1)
-        image = TF.pad(TF.hflip(image) if flip[i] else image, [pad])
-        assert torch.equal(x[i], TF.crop(image, int(top[i]), int(left[i]), 12, 10) / 255)
-
-
 def test_functions_return_arrays_or_datasets(own):
     file = own()
     module = {}
@@ -186,14 +167,11 @@ def test_folders_at_a_size(photographs, suffix, size):
 # ---------------------------------------------------------------------------------------------- through the scripts
 
 
-def flags(directory, data, arch, *more, method="sgd"):
+def run(method, directory, data, arch, *more):
     window = [] if method == "sgd" else ["--params_end", "4", "--n_components", "2"]
-    return ["--datasets", str(data), "--arch", str(arch), "--device", "cpu", "--batch-size", "8", "--workers", "0",
-            "--save-dir", str(directory), "--epochs", "3", "--lr", "0.1", *window, *more]
-
-
-def run(method, *args):
-    return SCRIPTS[method].main(SCRIPTS[method].parse_args(flags(*args, method=method)))
+    return run_script(method, ["--datasets", str(data), "--arch", str(arch), "--device", "cpu", "--batch-size", "8",
+                               "--workers", "0", "--save-dir", str(directory), "--epochs", "3", "--lr", "0.1", *window,
+                               *more])
 
 
 @pytest.mark.parametrize(("function", "network"), [("grey", "image_net"), ("sets", "image_net"),
@@ -387,11 +365,8 @@ def test_files_that_do_not_exist(name, message):
 @pytest.mark.parametrize(("function", "network", "message"), [
     ("grey", "resnet8", r"--arch resnet8 does not take a mini-batch \(2, 1, 12, 10\) torch.float32 of --datasets: "),
     ("tabular", "FILE:image_net", r"--arch \S+ does not take a mini-batch \(2, 10\) torch.float32 of --datasets: "),
-    ("grey", "FILE:wide", r"--arch \S+wide: for 2 samples and 3 classes the network returned \(2, 4\) logits"),
-    ("grey", "FILE:other", r"--arch \S+other: other is called with num_classes: missing a required"),
 ])
 def test_networks_that_do_not_fit_the_data(own, tmp_path, function, network, message):
-    file = own(FILE + "\n\ndef wide(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(120, 4))\n"
-               "\n\ndef other(classes):\n    pass\n")
+    file = own()
     with pytest.raises(UserError, match=message):
         run("sgd", tmp_path / "run", f"{file}:{function}", network.replace("FILE", str(file)))

@@ -8,17 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import crash
 import pytest
 import torch
-from conftest import ROOT, digits_args, network
-from processes import context, finish, run, start
+from processes import context, finish, start
+from runs import ROOT, WINDOW, digits_args, log_of, network, run
+from torch.utils._pytree import tree_map
 
 from dldr.errors import UserError
 from dldr.files import load_file
 
-WINDOW = ["--params_end", "6", "--n_components", "4"]
 METHODS = {"sgd": ["--epochs", "3"], "psgd": [*WINDOW, "--epochs", "3"],
            "pbfgs": [*WINDOW, "--epochs", "3", "--alpha", "0.01"]}
 KILLS = {"sgd": 8, "psgd": 6, "pbfgs": 6}  # at random moments
@@ -35,8 +36,6 @@ def argv(method, sampled, output, *more):
 
 def result(method, directory):
     """Everything a run leaves that is not a clock's or a calendar's."""
-    timed = {"seconds", "samples_per_second"}
-    log = [json.loads(line) for line in (directory / f"{method}_log.jsonl").read_text().splitlines()]
     summary = json.loads((directory / f"{method}_summary.json").read_text())
     for key in ("seconds", "finished", "args", "command", "git_revision"):
         summary.pop(key)
@@ -44,23 +43,14 @@ def result(method, directory):
     for checkpoint in tensors.values():
         for key in ("seconds", "args", "log"):
             checkpoint.pop(key, None)
-    return [{key: value for key, value in line.items() if key not in timed} for line in log], summary, tensors
+    return log_of(directory, method, "seconds", "samples_per_second"), summary, tree_map(fingerprint, tensors)
 
 
-def assert_equal(a, b, where=""):
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}/{i}")
-    else:
-        assert a == b, where
+def fingerprint(x):
+    """For == and short differences: dtype, shape and the bits of a tensor; anything else as it is."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    return x.dtype, x.shape, zlib.crc32(x.reshape(-1).view(torch.uint8).numpy())
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +82,7 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(sampled, tmp_path, 
         else:  # had ended: the machine is faster now
             seconds *= 0.8
         finish(run, method, [*flags, "--resume", "auto"])
-        assert_equal(result(method, tmp_path / str(tried)), expected)
+        assert result(method, tmp_path / str(tried)) == expected
         tried += 1
 
 
@@ -108,7 +98,7 @@ def test_killed_inside_a_save_a_run_goes_on_to_the_same_bits(sampled, tmp_path, 
     for path in tmp_path.glob("*.json"):
         json.loads(path.read_text())
     finish(run, method, [*flags, "--resume", "auto"])
-    assert_equal(result(method, tmp_path), whole[method][1])
+    assert result(method, tmp_path) == whole[method][1]
     assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -122,7 +112,7 @@ def test_a_signal_while_a_slow_disk_writes_waits_for_it(sampled, tmp_path, whole
     for path in tmp_path.glob("*.pt"):
         load_file(path, "file")
     finish(run, "sgd", [*flags, "--resume", "auto"])
-    assert_equal(result("sgd", tmp_path), whole["sgd"][1])
+    assert result("sgd", tmp_path) == whole["sgd"][1]
 
 
 def contents(directory):
@@ -136,16 +126,6 @@ def test_overwrite_in_the_directory_of_the_snapshots_leaves_them(sampled, tmp_pa
         run("psgd", [*argv("psgd", tmp_path, tmp_path), *more])
     after = contents(tmp_path)
     assert before == {name: after[name] for name in before}
-
-
-def test_a_checkpoint_of_an_earlier_revision_is_refused(tmp_path):
-    run("sgd", argv("sgd", None, tmp_path))
-    path = tmp_path / "sgd_checkpoint.pt"
-    state = load_file(path, "checkpoint")
-    del state["format"]
-    torch.save(state, path)
-    with pytest.raises(UserError, match="sgd_checkpoint.pt is a checkpoint of an earlier revision .*--overwrite$"):
-        run("sgd", argv("sgd", None, tmp_path, "--resume", "auto", "--epochs", "4"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -163,7 +143,7 @@ def test_networks_that_draw_in_the_forward_pass_resume_to_the_same_bits(tmp_path
                 run(stage, argv(stage, directory, directory, "--arch", arch, "--deterministic", "--device", device,
                                 "--epochs", str(n), "--resume", "auto"))
         results.append(result(method, directory)[::2])
-    assert_equal(*results)
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize(("method", "number"), [("sgd", signal.SIGTERM), ("pbfgs", signal.SIGINT)])
@@ -184,7 +164,7 @@ def test_signals_save_a_checkpoint_and_say_how_to_go_on(sampled, tmp_path, metho
     assert re.search(f"stopped by {number.name} in epoch \\d+; .*{method}_checkpoint.pt; .*--resume auto", line)
     finish(run, method, [*flags, "--resume", "auto"])
     finish(run, method, argv(method, sampled, tmp_path / "whole", *longer))
-    assert_equal(result(method, tmp_path / "cut"), result(method, tmp_path / "whole"))
+    assert result(method, tmp_path / "cut") == result(method, tmp_path / "whole")
 
 
 def test_a_second_run_in_a_directory_is_refused_while_the_first_lives(sampled, tmp_path):

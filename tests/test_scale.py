@@ -1,10 +1,6 @@
 """The formulae of docs/scale.md: what a step holds and sends, counted, and a plan by hand."""
-import importlib
-import json
-
 import pytest
 import torch
-from conftest import ROOT
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,12 +8,6 @@ from dldr import distributed
 from dldr.subspace import ProjectedBFGS, ProjectedSGD
 
 N = 8
-
-
-@pytest.fixture
-def scale(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("scale")
 
 
 class Live(TorchDispatchMode):
@@ -52,8 +42,8 @@ def sent(monkeypatch):
 
 @pytest.mark.parametrize("method", ["psgd", "pbfgs", "pbfgs+"])
 @pytest.mark.parametrize("sharded", [True, False])
-def test_a_step_holds_and_sends_what_the_formulae_say(scale, sent, method, sharded):
-    D, k = 100_003, 4
+def test_a_step_holds_and_sends_what_the_formulae_say(script, sent, method, sharded):
+    scale, D, k = script("scale"), 100_003, 4
     with Live() as live:
         model = torch.nn.ParameterList([torch.zeros(D)])
         model[0].grad = torch.ones(D)
@@ -72,7 +62,8 @@ def test_a_step_holds_and_sends_what_the_formulae_say(scale, sent, method, shard
     assert 4 * (N - 1) / N * sum(sent) == pytest.approx(scale.step_bytes(D, k, N, method, sharded), rel=1e-3)
 
 
-def test_plan_by_hand(scale):
+def test_plan_by_hand(script):
+    scale = script("scale")
     host = {"checksum": 2e9, "read_warm": 4e9, "finite": 1e8, "mapped_warm": 1e9, "open": 1000}
     plan = scale.plan(10**9, 64, host)
     assert plan["window at `--basis-memory 2`"] == "in files" and plan["files checked by each process"] == 3
@@ -98,10 +89,3 @@ def test_plan_by_hand(scale):
     assert loaded["window at `--basis-memory 2`"] == "loaded" and loaded["files checked by each process"] == 81
     assert loaded["check, read from the file system, TB"] == pytest.approx(32 * 0.162)
     assert loaded["basis, reading, s"] == loaded["basis, read from the file system, TB"] == 0
-
-
-def test_the_recorded_table_is_that_of_its_rates(scale):
-    results, page = ROOT / "results/scale", (ROOT / "docs/scale.md").read_text()
-    text = scale.table(json.loads((results / "scale.json").read_text()))
-    assert text == (results / "table.md").read_text()
-    assert all(part.strip() in page for part in text.split("\n\n") if "float32" in part or "largest" in part)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, digits_args
+from runs import ROOT, SCRIPTS, digits_args, digits_run, log_of, run, same, state
 
 import models
 import report
@@ -17,6 +17,7 @@ import train_sgd
 import utils
 from dldr.checkpoint import Run
 from dldr.errors import UserError
+from dldr.snapshots import load_window
 
 SUMMARY_KEYS = """method dataset arch seed corrupt parameters parameters_trained n_components snapshots epochs
 test_accuracy_last test_accuracy_best best_epoch train_accuracy_last explained_variance seconds args versions hardware
@@ -25,22 +26,13 @@ LOG_KEYS = """epoch lr train_loss train_accuracy test_loss test_accuracy best_ac
 samples_per_second""".split()
 SEARCH_KEYS = ["trials_per_step", "first_trial_accepted", "failed_searches", "skipped_updates"]
 RESNET8 = ["--arch", "resnet8", "--smalldatasets", "0.1"]
-WINDOW = ["--params_end", "6", "--n_components", "4"]
-
-
-def run(script, *argv):
-    return script.main(script.parse_args(list(argv)))
-
-
-def log_of(directory, method):
-    return [json.loads(line) for line in (directory / f"{method}_log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def resnet8(tmp_path_factory):
     """As `sampled`, of a published network."""
     directory = tmp_path_factory.mktemp("resnet8")
-    run(train_sgd, *digits_args(directory, *RESNET8, "--epochs", "5", "--lr", "0.05"))
+    digits_run("sgd", directory, *RESNET8, "--epochs", 5, "--lr", 0.05)
     return directory
 
 
@@ -57,8 +49,7 @@ def test_sgd_writes_snapshots_log_and_summary(resnet8):
     assert summary["test_accuracy_best"] == best["test_accuracy"] == lines[-1]["best_accuracy"]
     assert summary["best_epoch"] == best["epoch"] and summary["test_accuracy_last"] == lines[-1]["test_accuracy"]
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
-    final, last = (torch.load(resnet8 / name, weights_only=True) for name in ("sgd_final.pt", "5.pt"))
-    assert all(torch.equal(final[name], last[name]) for name in last) and set(final) == set(last)
+    assert same(resnet8 / "sgd_final.pt", resnet8 / "5.pt")
     assert json.loads((resnet8 / "sgd_args.json").read_text())["args"]["lr"] == 0.05
     # nothing else, and no temporary file left behind
     assert {p.name for p in resnet8.iterdir() if not p.stem.isdigit()} == {
@@ -66,9 +57,9 @@ def test_sgd_writes_snapshots_log_and_summary(resnet8):
         "sgd_snapshots.json"}
 
 
-@pytest.mark.parametrize("script, method", [(train_psgd, "psgd"), (train_pbfgs, "pbfgs")])
-def test_subspace_scripts(resnet8, tmp_path, script, method, capsys):
-    summary = run(script, *digits_args(resnet8, *RESNET8, "--output-dir", str(tmp_path), *WINDOW, "--epochs", "3"))
+@pytest.mark.parametrize("method", ["psgd", "pbfgs"])
+def test_subspace_scripts(resnet8, tmp_path, method, capsys):
+    summary = digits_run(method, resnet8, *RESNET8, "--epochs", 3, output=tmp_path)
     out = capsys.readouterr().out
     assert not set(SUMMARY_KEYS) - set(summary) and summary["parameters_trained"] == summary["n_components"] == 4
     assert summary["snapshots"] == 6 and 0.9 < summary["explained_variance"]["total"] <= 1
@@ -84,16 +75,10 @@ def test_subspace_scripts(resnet8, tmp_path, script, method, capsys):
         f".{method}.lock",
         *(f"{method}_{name}" for name in ("args.json", "log.jsonl", "checkpoint.pt", "final.pt", "summary.json"))}
     # the final network lies in w_start + span of the window's differences
-    names = [name for name, _ in models.get_model("resnet8", 10).named_parameters()]
-
-    def vector(path):
-        state = torch.load(path, weights_only=True)
-        return torch.cat([state[name].double().reshape(-1) for name in names])
-
-    start = vector(resnet8 / "0.pt")
-    basis = torch.linalg.qr(torch.stack([vector(resnet8 / f"{i}.pt") - start for i in range(1, 6)]).T)[0]
-    move = vector(tmp_path / f"{method}_final.pt") - start
-    assert (move - basis @ (basis.T @ move)).norm() <= 1e-5 * start.norm() < move.norm()
+    paths = [*(resnet8 / f"{i}.pt" for i in range(6)), tmp_path / f"{method}_final.pt"]
+    *steps, move = (X := load_window(paths, models.get_model("resnet8", 10)).double())[1:] - X[0]
+    basis = torch.linalg.qr(torch.stack(steps).T)[0]
+    assert (move - basis @ (basis.T @ move)).norm() <= 1e-5 * X[0].norm() < move.norm()
 
 
 @pytest.mark.parametrize("loss", [1e-5, 2.3, 1e10, 1e38])
@@ -118,12 +103,12 @@ def test_a_stage_ends_with_where_its_files_are_and_a_next_command_that_works(sam
         text, _, command = following.partition(": ")
         return files, text, shlex.split(command)
 
-    run(train_sgd, *digits_args(sampled, "--epochs", "5", "--lr", "0.05", "--resume", "auto"))  # is finished
+    digits_run("sgd", sampled, "--epochs", 5, "--lr", 0.05, "--resume", "auto")  # is finished
     files, text, (python, script, *flags) = last_lines()
     assert files == f"snapshots: {sampled}/0.pt ... 5.pt" and text == "next, or with train_pbfgs.py"
     assert (python, script) == ("python", "train_psgd.py") and train_pbfgs.parse_args(flags).n_components == 5
     output = tmp_path / "the run"
-    run(train_psgd, *flags, "--output-dir", str(output), "--epochs", "1", "--batch-size", "64")
+    run("psgd", [*flags, "--output-dir", str(output), "--epochs", "1", "--batch-size", "64"])
     files, text, command = last_lines()
     assert (files, text) == (f"files: {output}/psgd_*", "next")
     assert command == ["python", "report.py", str(output)]
@@ -131,71 +116,54 @@ def test_a_stage_ends_with_where_its_files_are_and_a_next_command_that_works(sam
     assert "\nP-SGD " in capsys.readouterr().out
 
 
-def test_params_start_and_step_choose_the_window_and_the_start(sampled, tmp_path):
-    window = ["--params_start", "1", "--params_end", "6", "--params_step", "2", "--n_components", "2"]
-    summary = run(train_psgd, *digits_args(sampled, "--output-dir", str(tmp_path), *window, "--epochs", "0"))
-    assert summary["snapshots"] == 3 and summary["test_accuracy_last"] is None
-    final, first = (torch.load(path, weights_only=True) for path in (tmp_path / "psgd_final.pt", sampled / "1.pt"))
-    assert all(torch.equal(final[name], first[name]) for name in first)  # batch-norm statistics too
-
-
 def test_same_seed_same_result_and_another_seed_another(tmp_path):
     def final(name, *more):
-        run(train_sgd, *digits_args(tmp_path / name, "--epochs", "1", "--deterministic", *more))
-        return torch.load(tmp_path / name / "1.pt", weights_only=True)
+        digits_run("sgd", tmp_path / name, "--epochs", 1, "--deterministic", *more)
+        return state(tmp_path / name / "1.pt")
 
-    a, b, c = final("a"), final("b"), final("c", "--randomseed", "2")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not torch.equal(a["conv1.weight"], c["conv1.weight"])
+    a, b, c = final("a"), final("b"), final("c", "--randomseed", 2)
+    assert same(a, b) and not torch.equal(a["conv1.weight"], c["conv1.weight"])
 
 
-@pytest.mark.parametrize("script, method, more", [
-    (train_sgd, "sgd", []), (train_sgd, "sgd", ["--optimizer", "adam", "--accumulate", "2"]),
-    (train_psgd, "psgd", [*WINDOW, "--milestones", "2"]), (train_pbfgs, "pbfgs", WINDOW),
-    (train_pbfgs, "pbfgs", [*WINDOW, "--alpha", "0.01", "--accumulate", "2"]),
-])
-def test_resume_ends_where_an_uninterrupted_run_does(sampled, tmp_path, script, method, more):
-    """Bitwise the same network and log: optimiser, B, g, s, residual momentum, lr, order and augmentation resume."""
-    def flags(name, epochs):
-        save = tmp_path / name if method == "sgd" else sampled
-        output = [] if method == "sgd" else ["--output-dir", str(tmp_path / name), "--allow-mismatch", "smalldatasets"]
-        return digits_args(save, *output, *more, "--smalldatasets", "0.1", "--epochs", str(epochs))
+@pytest.mark.parametrize("method, more", [("sgd", ["--optimizer", "adam"]), ("psgd", ["--milestones", 2]),
+                                          ("pbfgs", ["--alpha", 0.01])])
+def test_resume_ends_where_an_uninterrupted_run_does(sampled, tmp_path, method, more):
+    """From a named checkpoint, to more epochs; bitwise the same network and log (how runs are cut: test_resume.py)."""
+    def start(name, epochs, *resume):
+        return digits_run(method, tmp_path / name if method == "sgd" else sampled, *more, "--accumulate", 2, "--epochs",
+                          epochs, *resume, output=tmp_path / name)
 
-    whole = run(script, *flags("whole", 3))
-    run(script, *flags("cut", 2))
-    resumed = run(script, *flags("cut", 3), "--resume", str(tmp_path / "cut" / f"{method}_checkpoint.pt"))
-    states = [torch.load(tmp_path / name / f"{method}_final.pt", weights_only=True) for name in ("whole", "cut")]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    timed = {"seconds", "samples_per_second"}
-    logs = [[{k: v for k, v in line.items() if k not in timed} for line in log_of(tmp_path / name, method)]
-            for name in ("whole", "cut")]
+    start("cut", 2)
+    summaries = [start("whole", 3), start("cut", 3, "--resume", tmp_path / "cut" / f"{method}_checkpoint.pt")]
+    assert same(*(tmp_path / name / f"{method}_final.pt" for name in ("whole", "cut")))
+    logs = [log_of(tmp_path / name, method, "seconds", "samples_per_second") for name in ("whole", "cut")]
     assert logs[0] == logs[1] and len(logs[0]) == 3
-    assert whole["test_accuracy_best"] == resumed["test_accuracy_best"]
+    assert len({summary["test_accuracy_best"] for summary in summaries}) == 1
 
 
 def test_resume_refuses_another_window(sampled, tmp_path):
     """The same flags, but the snapshots (in torch's older format) are of another run: theta would mean other ones."""
-    other = tmp_path / "other"
-    other.mkdir()
+    (other := tmp_path / "other").mkdir()
 
-    def change(source, factor):
+    def change(factor):
         for i in range(6):
-            state = torch.load(source / f"{i}.pt", weights_only=True)
-            state["conv1.weight"] = state["conv1.weight"] * (1 + factor * i)
-            torch.save(state, other / f"{i}.pt", _use_new_zipfile_serialization=False)
+            values = state(sampled / f"{i}.pt")
+            values["conv1.weight"] = values["conv1.weight"] * (1 + factor * i)
+            torch.save(values, other / f"{i}.pt", _use_new_zipfile_serialization=False)
 
-    change(sampled, 0)
-    flags = digits_args(other, *WINDOW, "--output-dir", str(tmp_path / "out"), "--resume", "auto", "--epochs")
-    run(train_psgd, *flags, "1")
+    def start(epochs, snapshots=other):
+        return digits_run("psgd", snapshots, "--resume", "auto", "--epochs", epochs, output=tmp_path / "out")
+
+    change(0)
+    start(1)
     finished = (tmp_path / "out" / "psgd_summary.json").stat().st_mtime_ns
-    change(other, 0.1)
-    for epochs in "12":  # neither finished, nor to be resumed
+    change(0.1)
+    for epochs in (1, 2):  # neither finished, nor to be resumed
         with pytest.raises(UserError, match="was made with different snapshots"):
-            run(train_psgd, *flags, epochs)
+            start(epochs)
     assert finished == (tmp_path / "out" / "psgd_summary.json").stat().st_mtime_ns  # and nothing lost
-    flags[flags.index(str(other))] = str(sampled)
     with pytest.raises(UserError, match="other flags .save_dir"):
-        run(train_psgd, *flags, "2")
+        start(2, sampled)
 
 
 def cuda(monkeypatch, *, available, capability=(8, 6), architectures=("sm_75", "sm_86"), count=2):
@@ -259,28 +227,23 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over_for_the_cpu(monkeypatch,
 
 def test_evaluate_reads_the_final_network_and_writes_nothing(sampled, capsys):
     before = {path: path.stat().st_mtime_ns for path in sampled.iterdir()}
-    test = run(train_sgd, *digits_args(sampled, "--evaluate"))
+    test = digits_run("sgd", sampled, "--evaluate")
     assert test["accuracy"] == log_of(sampled, "sgd")[-1]["test_accuracy"]
     assert "test accuracy" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in sampled.iterdir()}
-    by_checkpoint = run(train_sgd, *digits_args(sampled, "--evaluate", "--resume", str(sampled / "sgd_checkpoint.pt")))
-    assert by_checkpoint == test
-    by_snapshot = run(train_psgd, *digits_args(sampled, "--evaluate", "--resume", str(sampled / "5.pt")))
-    assert by_snapshot == test  # and no window is needed for it
+    for method, file in (("sgd", "sgd_checkpoint.pt"), ("psgd", "5.pt")):  # and no window is needed for it
+        assert run(method, digits_args(sampled, "--evaluate", "--resume", sampled / file)) == test
     with pytest.raises(UserError, match="psgd_final.pt: there is no final network"):
-        run(train_psgd, *digits_args(sampled, "--evaluate"))
+        digits_run("psgd", sampled, "--evaluate")
 
 
-@pytest.mark.parametrize("script, method", [(train_sgd, "sgd"), (train_psgd, "psgd"), (train_pbfgs, "pbfgs")])
-def test_half_trains(sampled, tmp_path, script, method):
+@pytest.mark.parametrize("method", SCRIPTS)
+def test_half_trains(sampled, tmp_path, method):
     """--half changes the rounding of the network's passes, not the kind of any stored value."""
-    save = tmp_path if method == "sgd" else sampled
-    more = [] if method == "sgd" else [*WINDOW, "--output-dir", str(tmp_path)]
-    run(script, *digits_args(save, *more, "--epochs", "2", "--half"))
+    digits_run(method, tmp_path if method == "sgd" else sampled, "--epochs", 2, "--half", output=tmp_path)
     lines = log_of(tmp_path, method)
     assert lines[1]["train_loss"] < lines[0]["train_loss"]
-    state = torch.load(tmp_path / f"{method}_final.pt", weights_only=True)
-    assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
+    assert {value.dtype for value in state(tmp_path / f"{method}_final.pt").values()} == {torch.float32, torch.int64}
 
 
 def test_schedules():
@@ -295,13 +258,16 @@ def test_schedules():
     assert (imagenet.milestones, imagenet.epochs, imagenet.batch_size) == ([30, 60], 90, 256)
     assert (default.samples_per_epoch, imagenet.samples_per_epoch) == (1, 6)
     assert train_psgd.parse_args([]).milestones == [30, 50]
+    assert train_sgd.sampling_iterations(5005, 6) == [1, 1001, 2001, 3001, 4001, 5001]  # after iterations 0, 1000, ...
+    assert train_sgd.sampling_iterations(391, 1) == [391]
+    with pytest.raises(UserError, match="--samples-per-epoch"):
+        train_sgd.sampling_iterations(5, 6)
 
 
 def test_start_epoch_numbers_epochs_and_snapshots(tmp_path):
-    run(train_sgd, *digits_args(tmp_path, "--start-epoch", "3", "--epochs", "4"))
+    summary = digits_run("sgd", tmp_path, "--start-epoch", 3, "--epochs", 4)
     assert sorted(p.name for p in tmp_path.glob("[0-9]*.pt")) == ["3.pt", "4.pt"]
-    assert [line["epoch"] for line in log_of(tmp_path, "sgd")] == [4]
-    assert json.loads((tmp_path / "sgd_summary.json").read_text())["snapshots"] == 2
+    assert [line["epoch"] for line in log_of(tmp_path, "sgd")] == [4] and summary["snapshots"] == 2
 
 
 def test_help_imports_no_network_and_writes_nothing(tmp_path):
@@ -335,37 +301,26 @@ def test_official_commands_parse():
 
 
 @pytest.mark.gpu
-def test_deterministic_runs_are_bitwise_equal_on_cuda(tmp_path):
-    for name in ("a", "b"):
-        argv = digits_args(tmp_path / name, "--epochs", "2", "--deterministic")
-        run(train_sgd, *argv, "--device", "cuda")
-    a, b = (torch.load(tmp_path / name / "2.pt", weights_only=True) for name in ("a", "b"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+def test_runs_on_cuda(tmp_path):
+    """Deterministic ones are bitwise equal; from a CPU's initial weights, batches and augmentation, and after one epoch
+    at a small lr equal to a run there up to rounding."""
+    for name, device in (("a", "cuda"), ("b", "cuda"), ("c", "cpu")):
+        digits_run("sgd", tmp_path / name, "--epochs", 1, "--lr", 0.001, "--deterministic", "--device", device)
+    for i, other in enumerate("cb"):
+        assert same(tmp_path / "a" / f"{i}.pt", tmp_path / other / f"{i}.pt")
+    gpu, cpu = (state(tmp_path / name / "1.pt") for name in "ac")
+    for name in cpu:
+        torch.testing.assert_close(cpu[name], gpu[name], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.gpu
-def test_cuda_and_cpu_see_the_same_run(sampled, tmp_path):
-    """Same initial weights, batches and augmentation: after one epoch at a small lr the networks agree to rounding."""
-    states = []
-    for device in ("cpu", "cuda"):
-        argv = digits_args(tmp_path / device, "--epochs", "1", "--lr", "0.001", "--deterministic")
-        run(train_sgd, *argv, "--device", device)
-        states.append([torch.load(tmp_path / device / f"{i}.pt", weights_only=True) for i in (0, 1)])
-    (cpu0, cpu1), (gpu0, gpu1) = states
-    assert all(torch.equal(cpu0[name], gpu0[name]) for name in cpu0)
-    for name in cpu1:
-        torch.testing.assert_close(cpu1[name], gpu1[name], rtol=1e-2, atol=1e-3)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("script, method", [(train_psgd, "psgd"), (train_pbfgs, "pbfgs")])
-def test_subspace_scripts_on_cuda(sampled, tmp_path, script, method):
+@pytest.mark.parametrize("method", ["psgd", "pbfgs"])
+def test_subspace_scripts_on_cuda(sampled, tmp_path, method):
     """The basis explains the same shares as on the CPU, and training in it goes down."""
-    results = {}
+    shares = []
     for device in ("cpu", "cuda"):
-        argv = digits_args(sampled, "--output-dir", str(tmp_path / device), *WINDOW, "--epochs", "2")
-        results[device] = run(script, *argv, "--device", device)
+        summary = digits_run(method, sampled, "--epochs", 2, "--device", device, output=tmp_path / device)
+        shares.append(summary["explained_variance"]["per_component"])
         lines = log_of(tmp_path / device, method)
         assert lines[-1]["train_loss"] < lines[0]["train_loss"]
-    shares = [results[device]["explained_variance"]["per_component"] for device in ("cpu", "cuda")]
     assert shares[0] == pytest.approx(shares[1], rel=1e-4)

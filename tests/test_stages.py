@@ -7,32 +7,27 @@ import shutil
 
 import pytest
 import torch
-from conftest import digits_args, network
+from runs import digits_args, digits_run
 from torch import nn
 
-import train_pbfgs
 import train_psgd
-import train_sgd
 import trajectory
 from dldr import files
 from dldr.errors import UserError
 
-WINDOW = ["--params_end", "4", "--n_components", "2", "--epochs", "1"]
-
 
 def sample(directory, *more, epochs=3):
-    train_sgd.main(train_sgd.parse_args(digits_args(directory, "--epochs", str(epochs), "--lr", "0.05", *more)))
+    digits_run("sgd", directory, "--epochs", epochs, "--lr", 0.05, *more)
 
 
-def in_subspace(script, shots, output, *more):
-    argv = digits_args(shots, "--output-dir", str(output), *WINDOW, *more)
-    return script.main(script.parse_args(argv))
+def in_subspace(shots, output, method="psgd"):
+    digits_run(method, shots, "--params_end", 4, "--n_components", 2, "--epochs", 1, output=output)
 
 
 def test_snapshots_from_elsewhere_are_used_with_notes(sampled, tmp_path, capsys):
     for i in range(4):
         shutil.copy(sampled / f"{i}.pt", tmp_path)
-    in_subspace(train_psgd, tmp_path, tmp_path / "p")
+    in_subspace(tmp_path, tmp_path / "p")
     err = capsys.readouterr().err
     assert err.count("note:") == 2 and "no sgd_args.json" in err and "no sgd_snapshots.json" in err
 
@@ -42,11 +37,10 @@ def test_snapshots_of_another_run_in_the_window_are_refused(sampled, tmp_path):
     sample(tmp_path / "run")
     sample(tmp_path / "other", "--randomseed", "2")
     shutil.copy(tmp_path / "other" / "3.pt", tmp_path / "run")
-    for script in (train_psgd, train_pbfgs):
+    for method in ("psgd", "pbfgs"):
         with pytest.raises(UserError, match=r"3\.pt not as sgd_snapshots.json of this run lists it"):
-            in_subspace(script, tmp_path / "run", tmp_path / "p")
-    flags = ["--datasets", "digits", "--arch", network("small"), "--smalldatasets", "0.3", "--params_end", "3",
-             "--n_components", "2", "--save-dir", str(tmp_path / "run"), "--device", "cpu"]
+            in_subspace(tmp_path / "run", tmp_path / "p", method)
+    flags = digits_args(tmp_path / "run", "--params_end", 3, "--n_components", 2)
     with pytest.raises(UserError, match=r"3\.pt not as sgd_snapshots"):
         trajectory.main(trajectory.parse_args(flags))
 
@@ -132,7 +126,7 @@ def test_snapshots_left_behind_by_a_killed_run_are_not_of_the_resumed_one(tmp_pa
     (tmp_path / "sgd_summary.json").unlink()
     sample(tmp_path, "--resume", "auto", epochs=2)  # nothing to train, but the run is taken up again
     with pytest.raises(UserError, match=r"3\.pt not as"):
-        in_subspace(train_psgd, tmp_path, tmp_path / "p")
+        in_subspace(tmp_path, tmp_path / "p")
 
 
 def test_a_finished_run_is_not_replaced_by_a_checkpoint_from_elsewhere(tmp_path):

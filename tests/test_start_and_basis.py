@@ -3,39 +3,30 @@ import shutil
 
 import pytest
 import torch
-from conftest import digits_args, network
+from runs import digits_args, digits_run, network, same, state
 
 import models
 import report
-import train_pbfgs
-import train_psgd
 import trajectory
 from dldr.errors import UserError
 from dldr.snapshots import load_window
 
 SMALL = network("small")
-WINDOW = ["--params_end", "6", "--n_components", "3"]
 
 
-def run(sampled, output, *flags, script=train_psgd, epochs=0):
-    argv = digits_args(sampled, "--output-dir", str(output), *WINDOW, "--epochs", str(epochs), *flags)
-    return script.main(script.parse_args(argv))
-
-
-def state(path):
-    return torch.load(path, weights_only=True)
+def run(sampled, output, *flags, method="psgd", epochs=0):
+    return digits_run(method, sampled, "--n_components", 3, "--epochs", epochs, *flags, output=output)
 
 
 @pytest.mark.parametrize(("start", "buffers"), [("first", 1), ("last", 5), ("mean", 5)])
 def test_start(sampled, tmp_path, start, buffers):
     """What training starts from: parameters, and of which snapshot batch norm's statistics are."""
-    run(sampled, tmp_path, "--params_start", "1", "--params_step", "2", "--n_components", "2", "--start", start)
+    summary = run(sampled, tmp_path, "--params_start", 1, "--params_step", 2, "--n_components", 2, "--start", start)
+    assert summary["snapshots"] == 3 and summary["test_accuracy_last"] is None
     final, parameters = state(tmp_path / "psgd_final.pt"), dict(models.get_model(SMALL, 10).named_parameters())
     snapshots = {i: state(sampled / f"{i}.pt") for i in (1, 3, 5)}
     for name, value in final.items():
-        if name not in parameters:
-            assert torch.equal(value, snapshots[buffers][name])
-        elif start == "mean":
+        if name in parameters and start == "mean":
             torch.testing.assert_close(value, sum(s[name] for s in snapshots.values()) / 3, rtol=0, atol=1e-6)
         else:
             assert torch.equal(value, snapshots[buffers][name])
@@ -54,28 +45,29 @@ def test_a_run_stays_in_the_subspace_of_another_start(sampled, tmp_path):
         run(sampled, tmp_path, "--start", "last", "--basis", "spherical", "--n_components", "0.8", "--resume", "auto")
 
 
-@pytest.mark.parametrize("script", [train_psgd, train_pbfgs])
-def test_a_saved_basis_is_the_basis(sampled, tmp_path, script):
-    """Training in it is bitwise training in the window that it is of; fewer of its components are the first ones."""
-    file, method = tmp_path / "basis.pt", script.__name__.removeprefix("train_")
-    run(sampled, tmp_path / "a", "--save-basis", str(file), script=script, epochs=1)
+@pytest.mark.parametrize("method", ["psgd", "pbfgs"])
+def test_a_saved_basis_is_the_basis(sampled, tmp_path, method):
+    """Training in it is bitwise training in the window that it is of."""
+    file = tmp_path / "basis.pt"
+    run(sampled, tmp_path / "a", "--save-basis", file, method=method, epochs=1)
     saved = state(file)
     assert saved["P"].shape == (3, 6282) and saved["made"]["args"]["basis"] == "pca"
     assert len(saved["explained_variance"]) == 3 and list(saved["parameters"])[0] == "conv1.weight"
-    summary = run(sampled, tmp_path / "b", "--basis", str(file), script=script, epochs=1)
-    a, b = (state(tmp_path / name / f"{method}_final.pt") for name in "ab")
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    summary = run(sampled, tmp_path / "b", "--basis", file, method=method, epochs=1)
+    assert same(*(tmp_path / name / f"{method}_final.pt" for name in "ab"))
     assert summary["explained_variance"]["per_component"] == pytest.approx(saved["explained_variance"], rel=1e-3)
-    if script is train_psgd:
-        (sampled_here := tmp_path / "one").mkdir()
-        shutil.copy(sampled / "2.pt", sampled_here / "0.pt")  # from a network of one's own: no window at all
-        summary = run(sampled_here, tmp_path / "c", "--basis", str(file), "--params_end", "1", "--n_components", "2",
-                      epochs=1)
-        assert summary["n_components"] == 2 and report.label(
-            {"method": "psgd", "args": summary["args"]}) == "P-SGD (basis.pt)"
-        step = load_window([tmp_path / "c" / "psgd_final.pt", sampled / "2.pt"], models.get_model(SMALL, 10))
-        step = step[0] - step[1]
-        assert (step - saved["P"][:2].T @ (saved["P"][:2] @ step)).norm() < 1e-4 * step.norm()
+
+
+def test_a_basis_serves_a_network_without_a_window(sampled, tmp_path, basis):
+    """Fewer of its components are the first ones."""
+    (here := tmp_path / "one").mkdir()
+    shutil.copy(sampled / "2.pt", here / "0.pt")
+    summary = run(here, tmp_path / "c", "--basis", basis, "--params_end", 1, "--n_components", 2, epochs=1)
+    assert summary["n_components"] == 2
+    assert report.label({"method": "psgd", "args": summary["args"]}) == "P-SGD (basis.pt)"
+    end, start = load_window([tmp_path / "c" / "psgd_final.pt", sampled / "2.pt"], models.get_model(SMALL, 10))
+    P = state(basis)["P"][:2]
+    assert (end - start - P.T @ (P @ (end - start))).norm() < 1e-4 * (end - start).norm()
 
 
 @pytest.mark.parametrize(("change", "flags", "message"), [
@@ -93,24 +85,24 @@ def test_files_that_are_no_basis_of_this_network(sampled, tmp_path, basis, chang
     else:
         torch.save({**state(basis), **change}, file)
     with pytest.raises(UserError, match=f"bad.pt.*{message}"):
-        run(sampled, tmp_path / "run", "--basis", str(file), *flags)
+        run(sampled, tmp_path / "run", "--basis", file, *flags)
 
 
 @pytest.fixture(scope="module")
 def basis(sampled, tmp_path_factory):
     directory = tmp_path_factory.mktemp("basis")
-    run(sampled, directory, "--save-basis", str(directory / "basis.pt"))
+    run(sampled, directory, "--save-basis", directory / "basis.pt")
     return directory / "basis.pt"
 
 
 def test_another_basis_of_that_name_is_not_resumed_in(sampled, tmp_path, basis):
     file = tmp_path / "basis.pt"
     shutil.copy(basis, file)
-    run(sampled, tmp_path / "run", "--basis", str(file), epochs=1)
+    run(sampled, tmp_path / "run", "--basis", file, epochs=1)
     saved = state(file)
     torch.save({**saved, "P": saved["P"].flip(0).contiguous()}, file)
     with pytest.raises(UserError, match="file_digests"):
-        run(sampled, tmp_path / "run", "--basis", str(file), "--resume", "auto", epochs=2)
+        run(sampled, tmp_path / "run", "--basis", file, "--resume", "auto", epochs=2)
 
 
 def foreign(sampled, directory, names):
@@ -125,11 +117,10 @@ def foreign(sampled, directory, names):
 @pytest.mark.parametrize("names", [[f"epoch_{10 * i}.pth" for i in range(6)], [f"{10 * i + 10}.pt" for i in range(6)]])
 def test_the_trajectory_of_state_dicts_from_elsewhere(sampled, tmp_path, names, monkeypatch, capsys):
     monkeypatch.setattr(trajectory, "GRID", 2)
-    flags = ["--datasets", "digits", "--arch", SMALL, "--smalldatasets", "0.3", "--n_components", "2", "--device",
-             "cpu", "--samples", "50", "--params_end"]
 
     def measure(directory, end):
-        return trajectory.main(trajectory.parse_args([*flags, end, "--save-dir", str(directory)]))
+        flags = digits_args(directory, "--n_components", 2, "--samples", 50, "--params_end", end)
+        return trajectory.main(trajectory.parse_args(flags))
 
     theirs = measure(directory := foreign(sampled, tmp_path / "theirs", names), "4")
     assert f"holds 6 state dicts, 0 to 5 in this order: {names[0]} ... {names[-1]}\n" in capsys.readouterr().err

@@ -17,12 +17,12 @@ import cheap
 import numpy as np
 import pytest
 import torch
-from conftest import digits_args
+from networks import step
+from runs import digits_run
 from torch import nn
 
 import datasets
 import models
-import train_psgd
 from dldr.errors import UserError
 from dldr.files import save_tensors
 from dldr.snapshots import read_snapshot
@@ -44,10 +44,8 @@ def by_size(names):
 
 
 BY_SIZE = by_size(FACTS)
-SMALLEST = [  # of each family
-    min(set(names.split()) & set(FACTS), key=lambda name: FACTS[name]["parameters"])
-    for names in models.FAMILIES.values()
-]
+SMALLEST = [min(set(names.split()) & set(FACTS), key=lambda name: FACTS[name]["parameters"])  # of each family
+            for names in models.FAMILIES.values()]
 
 
 def entries(name):
@@ -120,19 +118,15 @@ def describe(module):
 
 
 def test_every_published_name_is_here():
-    assert len(FACTS) == 51 and set(FACTS) <= set(models.list_models("CIFAR100"))
+    assert len(FACTS) == 51 and set(models.list_models("CIFAR100")) == {*FACTS, "resnet1202"}
+    assert sum(p.numel() for p in on_meta("resnet1202", 10).parameters()) == 19_421_274
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_parameters_and_shapes(name):
+def test_parameters_shapes_and_layers(name):
     shapes = Counter("x".join(map(str, p.shape)) for p in on_meta(name, 100).parameters())
-    assert shapes == Counter(FACTS[name]["shapes"])
+    assert shapes == Counter(FACTS[name]["shapes"]) and shapes.total() == FACTS[name]["tensors"]
     assert sum(p.numel() for p in on_meta(name, 100).parameters()) == FACTS[name]["parameters"]
-    assert shapes.total() == FACTS[name]["tensors"]
-
-
-@pytest.mark.parametrize("name", FACTS)
-def test_layers(name):
     layers = Counter(filter(None, map(describe, on_meta(name, 100).modules())))
     facts = Counter(FACTS[name]["layers"])
     if not any(activation in facts for activation in ACTIVATIONS):  # they were functions there
@@ -149,16 +143,11 @@ def test_logits_have_one_row_per_image(name):
 
 
 @pytest.mark.parametrize("name", REFERENCE)
-def test_entries_come_in_the_releases_order(name):
-    state = on_meta(name, REFERENCE[name]["classes"]).state_dict()
-    ours = [(key.rpartition(".")[2], list(value.shape)) for key, value in state.items()]
-    assert ours == [(key.rpartition(".")[2], shape) for key, shape, _ in entries(name)]
-
-
-@pytest.mark.parametrize("name", REFERENCE)
 def test_snapshots_of_the_release_load_by_position(name, tmp_path):
-    """Entry i filled with i, so that a swap of two would be seen; one number in the file for each."""
+    """Entries come in the release's order; entry i is filled with i, so that a swap of two would be seen."""
     model, path = on_meta(name, REFERENCE[name]["classes"]), tmp_path / "0.pt"
+    ours = [(key.rpartition(".")[2], list(value.shape)) for key, value in model.state_dict().items()]
+    assert ours == [(key.rpartition(".")[2], shape) for key, shape, _ in entries(name)]
     state = {key: torch.tensor(float(i)).expand(shape) for i, (key, shape, _) in enumerate(entries(name))}
     torch.save(state, path)
     read, by_position = read_snapshot(path, model)
@@ -182,9 +171,8 @@ def test_psgd_in_snapshots_of_the_release(name, tmp_path, capsys, monkeypatch):
         save_tensors(tmp_path / f"{i}.pt", dict(zip((key for key, *_ in entries(name)), model.state_dict().values(),
                                                     strict=True)))
         w += 0.01 * w.std() * torch.randn_like(w)
-    argv = digits_args(tmp_path, "--arch", name, "--params_end", "3", "--n_components", "2", "--epochs", "1",
-                       "--smalldatasets", "1")
-    summary = train_psgd.main(train_psgd.parse_args(argv))
+    summary = digits_run("psgd", tmp_path, "--arch", name, "--params_end", 3, "--n_components", 2, "--epochs", 1,
+                         "--smalldatasets", 1)
     assert summary["snapshots"] == 3 and summary["test_accuracy_last"] is not None
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "by position" in line)
     assert "0.pt holds other names" in line and line.endswith("matched by position")
@@ -296,31 +284,15 @@ def test_a_step_in_a_subspace(name):
     start = w.clone()
     window = torch.stack([start, start + 1e-3 * torch.randn_like(start)])
     P, _ = pca_basis(window, 1)
-    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
-
-    def loss():
-        return nn.functional.cross_entropy(model(images), labels)
-
+    batch, buffers = (torch.randn(4, 3, 32, 32), torch.arange(4)), []
+    model.register_forward_hook(lambda *_: buffers.append([b.clone() for b in model.buffers()]))
     for method in (ProjectedSGD, ProjectedBFGS):
         w.copy_(start)
-        optimizer = method(model, P, lr=0.1)
-        passes = []
-
-        def closure(passes=passes):
-            before = torch.is_grad_enabled()
-            value = loss()
-            passes.append((before, [b.clone() for b in model.buffers()]))
-            return value
-
-        if method is ProjectedSGD:
-            closure().backward()
-            optimizer.step()
-        else:
-            optimizer.step(closure)
-            assert len(passes) > 1
-        assert [gradient for gradient, _ in passes] == [True] + [False] * (len(passes) - 1)
-        step = (w - start).double()
-        assert step.norm() > 0
-        outside = step - P.T.double() @ (P.double() @ step)
-        assert outside.norm() <= 1e-3 * step.norm() + 1e-6 * start.norm()
-        assert all(torch.equal(b, s) for b, s in zip(model.buffers(), passes[0][1], strict=True))
+        buffers.clear()
+        step(method(model, P, lr=0.1), model, *batch)
+        assert (len(buffers) > 1) == (method is ProjectedBFGS)
+        move = (w - start).double()
+        assert move.norm() > 0
+        outside = move - P.T.double() @ (P.double() @ move)
+        assert outside.norm() <= 1e-3 * move.norm() + 1e-6 * start.norm()
+        assert all(torch.equal(b, s) for b, s in zip(model.buffers(), buffers[0], strict=True))
