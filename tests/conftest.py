@@ -1,12 +1,12 @@
-"""Shared fixtures: a short real sampling run, and where real CIFAR-10 lies."""
+"""Shared fixtures: a short real sampling run, image folders, the benchmarks."""
 import importlib
+import itertools
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, digits_args, digits_run, network  # noqa: F401 - two for tests
+from runs import ROOT, digits_args, digits_run, draw, network  # noqa: F401 - two are for tests
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic; torch looks once per process
 
@@ -35,13 +35,17 @@ def sampled(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="session")
-def real_cifar10():
-    """The directory with a real cifar10.npz; skips where there is none."""
-    for directory in (os.environ.get("DLDR_DATA"), ROOT / "data"):
-        if directory and (Path(directory) / "cifar10.npz").is_file():
-            return Path(directory)
-    pytest.skip("no cifar10.npz in DLDR_DATA or data/")
+@pytest.fixture
+def folder(tmp_path):
+    """A function that makes train/ and val/ with so many classes of so many images, and returns their directory."""
+
+    def make(classes=2, train=4, val=2):
+        for split, count in (("train", train), ("val", val)):
+            for label, i in itertools.product(range(classes), range(count)):
+                draw(tmp_path / "images" / split / f"c{label}" / f"{i}.JPEG")
+        return tmp_path / "images"
+
+    return make
 
 
 @pytest.fixture

@@ -39,10 +39,10 @@ def start(target, *args):
     return process
 
 
-def finish(target, *args):
+def finish(target, *args, status=0):
     process = start(target, *args)
     process.join()
-    assert process.exitcode == 0
+    assert process.exitcode == status
 
 
 class Ranks:

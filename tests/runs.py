@@ -3,8 +3,11 @@ import json
 from pathlib import Path
 
 import cheap  # noqa: F401
+import numpy as np
 import torch
+from PIL import Image
 
+import datasets
 import train_pbfgs
 import train_psgd
 import train_sgd
@@ -51,3 +54,21 @@ def log_of(directory, method, *without):
     """The lines of a run's log."""
     lines = map(json.loads, (directory / f"{method}_log.jsonl").read_text().splitlines())
     return [{key: value for key, value in line.items() if key not in without} for line in lines]
+
+
+def load(name, root="none", **options):
+    """A data set, or data of one's own, in mini-batches of 8."""
+    return datasets.load(str(name), root, **{"batch_size": 8, "device": "cpu", "seed": 1, "workers": 0, **options})
+
+
+def epoch(batches, number=0):
+    """All x and all y of an epoch."""
+    return tuple(map(torch.cat, zip(*batches.epoch(number), strict=True)))
+
+
+def draw(path, pixels=None):
+    """An image file of these pixels (H, W) or (H, W, 3), or of 40 x 48 random ones."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(list(str(path).encode()))
+    Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8) if pixels is None else pixels).save(path)
+    return path

@@ -89,14 +89,16 @@ def test_window_rows_are_parameters_in_order_and_model_starts_at_the_first(sampl
 
 
 def test_official_snapshots_load(sampled, tmp_path, capsys):
-    """DataParallel's `module.` prefix, and double precision, are understood."""
+    """DataParallel's `module.` prefix, double precision and other names (by position) are understood."""
     values, model = state(sampled / "2.pt"), small(10)
     torch.save({f"module.{name}": value for name, value in values.items()}, tmp_path / "0.pt")
     torch.save({n: v.double() if v.is_floating_point() else v for n, v in values.items()}, tmp_path / "1.pt")
-    window = load_window([sampled / "2.pt", *snapshot_paths(tmp_path, range(2))], model)
+    torch.save(dict(enumerate(values.values())), tmp_path / "2.pt")
+    window = load_window([sampled / "2.pt", *snapshot_paths(tmp_path, range(3))], model)
     assert all(torch.equal(row, window[0]) for row in window)
-    err = capsys.readouterr().err
-    assert "1.pt holds torch.float64; converted to torch.float32" in err and "0.pt" not in err
+    names, converted = sorted(capsys.readouterr().err.splitlines(), key=lambda line: "converted" in line)
+    assert "/2.pt holds other names" in names and names.endswith("matched by position")
+    assert converted.endswith("/1.pt holds torch.float64; converted to torch.float32")
 
 
 def test_flat_parameters_are_the_model():

@@ -8,40 +8,15 @@ import tarfile
 
 import numpy as np
 import pytest
+import runs
 import torch
-from PIL import Image
-from runs import ROOT, network, run, same
+from runs import ROOT, draw, epoch, network, run, same
 
-import datasets
 from dldr.errors import UserError
 
 
-def draw(path, pixels=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(len(str(path)))
-    Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8) if pixels is None else pixels).save(path)
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A function that makes train/ and val/ with so many classes of so many images, and returns their directory."""
-
-    def make(classes=2, train=4, val=2):
-        for split, count in (("train", train), ("val", val)):
-            first = draw(tmp_path / "images" / split / "c0" / "0.JPEG")
-            for label in range(classes):
-                (first.parent.parent / f"c{label}").mkdir(exist_ok=True)
-                for i in range(count):
-                    if label or i:
-                        shutil.copy(first, first.parent.parent / f"c{label}" / f"{i}.JPEG")
-        return tmp_path / "images"
-
-    return make
-
-
 def load(root, seed=1, **options):
-    return datasets.load("ImageNet", root, batch_size=4, device="cpu", seed=seed, workers=0, **options)
+    return runs.load("ImageNet", root, seed=seed, batch_size=4, **options)
 
 
 def samples(data):
@@ -72,11 +47,11 @@ def test_noise_is_spread_over_all_classes_by_the_seed(folder):
 
 @pytest.mark.parametrize(("name", "part"), [("ImageNet", 0.06), ("digits", 0.002)])
 def test_a_part_without_some_classes_says_so(folder, capsys, name, part):
-    options = {"root": folder(classes=10, train=10, val=1), "batch_size": 4, "device": "cpu", "seed": 1, "workers": 0}
-    labels = [y for _, y in datasets.load(name, part=part, **options).train.epoch(0)]
-    lacking = 10 - len(torch.cat(labels).unique())
+    root = folder(classes=10, train=10, val=1)
+    _, labels = epoch(runs.load(name, root, part=part).train)
+    lacking = 10 - len(labels.unique())
     assert f"warning: --smalldatasets {part} keeps no sample of {lacking} of 10 classes\n" == capsys.readouterr().err
-    datasets.load(name, part=0.9, **options)
+    runs.load(name, root, part=0.9)
     assert not capsys.readouterr().err
 
 
@@ -133,7 +108,7 @@ def test_npz_of_images_scaled_to_one_is_refused(tmp_path):
     arrays = {"x_train": np.full((20, 32, 32, 3), 9, np.uint8), "x_test": np.ones((10, 32, 32, 3), np.uint8)}
     np.savez(tmp_path / "cifar10.npz", **arrays, y_train=np.zeros(20, int), y_test=np.zeros(10, int))
     with pytest.raises(UserError, match="x_test.*0 to 255.*largest is 1"):
-        datasets.load("CIFAR10", tmp_path, batch_size=8, device="cpu", seed=1)
+        runs.load("CIFAR10", tmp_path)
 
 
 def test_real_photographs(tmp_path):
@@ -256,7 +231,7 @@ def test_a_limit_met_on_the_way_is_named(folder, monkeypatch, function, number, 
 
     monkeypatch.setattr(function, fail)
     with pytest.raises(UserError, match=f"--workers 2: {words}.*--workers 0"):
-        next(datasets.load("ImageNet", folder(), batch_size=4, device="cpu", seed=1, workers=2).train.epoch(0))
+        next(load(folder(), workers=2).train.epoch(0))
 
 
 def test_the_other_rank_ends_too(folder, tmp_path):

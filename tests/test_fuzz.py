@@ -259,17 +259,17 @@ def test_arrays(tmp_path, n):
     @given(damages())
     def damaged(damage):
         path.write_bytes(damage(whole))
-        refused.append(is_refused(path, lambda: read(tmp_path), lambda arrays: all(map(np.array_equal, arrays,
-                                                                                       good.values()))))
+        refused.append(is_refused(path, lambda: read(tmp_path), lambda arrays: all(
+            np.array_equal(array, good[name]) for array, name in zip(arrays, good, strict=True))))
 
     @cases(n // 2, ARRAYS)
     @given(archives())
     @example({"x_train": np.zeros((20, 32, 32, 3), np.uint8), "y_train": np.arange(20) % 10,
               "x_test": np.zeros((2, 32, 32, 3), np.uint8), "y_test": np.array([0, 9])})
     def stored(arrays):
-        def valid(read):
+        def valid(found):
             return all(images.shape == (len(labels), 32, 32, 3) and images.dtype == np.uint8 and len(labels)
-                       and 0 <= labels.min() <= labels.max() <= 9 for images, labels in (read[:2], read[2:]))
+                       and 0 <= labels.min() <= labels.max() <= 9 for images, labels in (found[:2], found[2:]))
 
         np.savez(path, **arrays)
         refused.append(is_refused(path, lambda: read(tmp_path), valid))

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
-import torchvision.transforms.v2.functional as TF
-from runs import ROOT, SCRIPTS
-from runs import run as run_script
-from test_folders import draw, samples
+from runs import ROOT, SCRIPTS, epoch, load
+from test_data import write_npz
+from test_folders import samples
 
-import datasets
 import report
 import trajectory
 from dldr import userfile
@@ -65,23 +64,6 @@ def own(tmp_path):
     return write
 
 
-def load(name, batch_size=8, seed=1, workers=0, **options):
-    return datasets.load(str(name), "none", batch_size=batch_size, device="cpu", seed=seed, workers=workers, **options)
-
-
-def epoch(batches, number=0):
-    x, y = zip(*batches.epoch(number), strict=True)
-    return torch.cat(x), torch.cat(y)
-
-
-def write_npz(path, shape=(12, 10), **change):
-    rng = np.random.default_rng(0)
-    arrays = {"x_train": rng.integers(0, 256, (30, *shape), np.uint8), "y_train": np.arange(30) % 3,
-              "x_test": rng.integers(0, 256, (9, *shape), np.uint8), "y_test": np.arange(9) % 3}
-    np.savez(path, **{name: value for name, value in {**arrays, **change}.items() if value is not None})
-    return arrays
-
-
 # ------------------------------------------------------------------------------------------------------ what is read
 
 
@@ -90,15 +72,13 @@ def test_npz_is_normalised_by_the_training_images_and_not_augmented(tmp_path, sh
     arrays = write_npz(tmp_path / "a.npz", shape)
     data = load(f"npz:{tmp_path / 'a.npz'}")
     assert (data.classes, data.train.samples, data.test.samples) == (3, 30, 9)
-    pixels = [torch.from_numpy(arrays[f"x_{split}"]).reshape(-1, *shape[:2], *(shape[2:] or (1,))).permute(0, 3, 1, 2)
-              / 255 for split in ("train", "test")]
-    mean, std = pixels[0].mean((0, 2, 3)), pixels[0].std((0, 2, 3), correction=0)
-    x, y = epoch(data.train, 3)
+    train, test = (arrays[name].reshape(-1, *(*shape, 1)[:3]) / 255 for name in ("x_train", "x_test"))
     order = data.train.draws(3)[0]
-    torch.testing.assert_close(x, TF.normalize(pixels[0], mean.tolist(), std.tolist())[order], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(epoch(data.test)[0], TF.normalize(pixels[1], mean.tolist(), std.tolist()), rtol=1e-4,
-                               atol=1e-5)
-    assert torch.equal(y, torch.arange(30)[order] % 3) and data.example.shape == (2, *x.shape[1:])
+    for batches, number, pixels in ((data.train, 3, train[order]), (data.test, 0, test)):
+        x, _ = epoch(batches, number)
+        normalised = (pixels - train.mean((0, 1, 2))) / train.std((0, 1, 2))
+        torch.testing.assert_close(x.permute(0, 2, 3, 1).double(), torch.tensor(normalised), rtol=1e-4, atol=1e-5)
+    assert torch.equal(epoch(data.train, 3)[1], order % 3) and data.example.shape == (2, *x.shape[1:])
 
 
 def test_functions_return_arrays_or_datasets(own):
@@ -139,20 +119,10 @@ def test_the_initial_weights_do_not_depend_on_what_the_data_draw(own):
     assert torch.equal(drawn, torch.rand(1))
 
 
-@pytest.fixture
-def photographs(tmp_path):
-    """Image folders of two classes, other than ImageNet's, 40 x 48 pixels."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 6), ("val", 2)):
-        for name in ("cat", "dog"):
-            for i in range(count):
-                draw(tmp_path / "images" / split / name / f"{i}.png", rng.integers(0, 256, (40, 48, 3), np.uint8))
-    return tmp_path / "images"
-
-
 @pytest.mark.parametrize(("suffix", "size"), [("@16", 16), ("", 224)])
-def test_folders_at_a_size(photographs, suffix, size):
-    data = load(f"folder:{photographs}{suffix}")
+def test_folders_at_a_size(folder, suffix, size):
+    name = f"folder:{folder(train=6)}{suffix}"
+    data = load(name)
     x, y = epoch(data.train)
     assert data.classes == 2 and x.shape == (12, 3, size, size) and data.example.shape == (2, 3, size, size)
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
@@ -161,7 +131,7 @@ def test_folders_at_a_size(photographs, suffix, size):
     order, key = (images.flatten(1).sum(1).sort() for images in (x, again))  # another order of the same images
     torch.testing.assert_close(x[order.indices], again[key.indices])
     assert torch.equal(y[order.indices], labels[key.indices])
-    assert len(samples(load(f"folder:{photographs}{suffix}", part=0.5))) == 6
+    assert len(samples(load(name, part=0.5))) == 6
 
 
 # ---------------------------------------------------------------------------------------------- through the scripts
@@ -169,9 +139,9 @@ def test_folders_at_a_size(photographs, suffix, size):
 
 def run(method, directory, data, arch, *more):
     window = [] if method == "sgd" else ["--params_end", "4", "--n_components", "2"]
-    return run_script(method, ["--datasets", str(data), "--arch", str(arch), "--device", "cpu", "--batch-size", "8",
-                               "--workers", "0", "--save-dir", str(directory), "--epochs", "3", "--lr", "0.1", *window,
-                               *more])
+    return runs.run(method, ["--datasets", str(data), "--arch", str(arch), "--device", "cpu", "--batch-size", "8",
+                             "--workers", "0", "--save-dir", str(directory), "--epochs", "3", "--lr", "0.1", *window,
+                             *more])
 
 
 @pytest.mark.parametrize(("function", "network"), [("grey", "image_net"), ("sets", "image_net"),
@@ -192,9 +162,9 @@ def test_all_stages_report_and_trajectory(own, tmp_path, function, network, monk
 
 
 @pytest.mark.parametrize("kind", ["npz", "folder"])
-def test_named_networks_on_own_images(photographs, tmp_path, kind):
+def test_named_networks_on_own_images(folder, tmp_path, kind):
     write_npz(tmp_path / "a.npz", (16, 16, 3))
-    data = f"npz:{tmp_path / 'a.npz'}" if kind == "npz" else f"folder:{photographs}@16"
+    data = f"npz:{tmp_path / 'a.npz'}" if kind == "npz" else f"folder:{folder()}@16"
     for method in SCRIPTS:
         assert run(method, tmp_path / "run", data, "resnet8")["epochs"] == 3
 
@@ -336,19 +306,6 @@ def test_later_items_are_checked_when_they_are_read(own, item, message, workers)
     data = load(f"{own(returning('D(), [D()[0]], 2', class_of.format(item)))}:f", workers=workers)
     with pytest.raises(UserError, match=message):
         epoch(data.train)
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    ({"x_train": None}, "cannot be read as x_train, y_train, x_test, y_test: .*x_train"),
-    ({"x_train": np.zeros((30, 12), np.uint8)}, r"x_train must be .*, not \(30, 12\) uint8"),
-    ({"y_train": np.arange(30) - 1}, "y_train must hold labels of at least 0, not -1"),
-    ({"y_test": np.arange(9)}, "y_test must hold labels 0 to 2, not 0 to 8"),
-    ({"y_train": np.zeros(30, int)}, "number of classes must be an integer of at least 2, not 1"),
-])
-def test_npz_that_cannot_be_used(tmp_path, change, message):
-    write_npz(tmp_path / "a.npz", **change)
-    with pytest.raises(UserError, match=f"--datasets npz:.*a.npz.*{message}"):
-        load(f"npz:{tmp_path / 'a.npz'}")
 
 
 @pytest.mark.parametrize(("name", "message"), [

@@ -86,17 +86,20 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bits(sampled, tmp_path, 
         tried += 1
 
 
+def check_files(directory):
+    """Every file is whole, or not there."""
+    for path in directory.glob("*.pt"):
+        load_file(path, "file")
+    for path in directory.glob("*.json"):
+        json.loads(path.read_text())
+
+
 @pytest.mark.parametrize(("method", "n"), [(method, n) for method, writes in KILLED_WRITES.items() for n in writes])
 def test_killed_inside_a_save_a_run_goes_on_to_the_same_bits(sampled, tmp_path, whole, method, n):
     """A write that stops half way leaves no file under its final name, and nothing that disturbs the next run."""
     flags = argv(method, sampled, tmp_path)
-    process = start(crash.run_and_die_in_write, method, flags, n)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    for path in tmp_path.glob("*.pt"):
-        load_file(path, "file")  # whole, or not there
-    for path in tmp_path.glob("*.json"):
-        json.loads(path.read_text())
+    finish(crash.run_and_die_in_write, method, flags, n, status=-signal.SIGKILL)
+    check_files(tmp_path)
     finish(run, method, [*flags, "--resume", "auto"])
     assert result(method, tmp_path) == whole[method][1]
     assert not list(tmp_path.glob(".*.tmp"))
@@ -106,25 +109,22 @@ def test_killed_inside_a_save_a_run_goes_on_to_the_same_bits(sampled, tmp_path, 
 def test_a_signal_while_a_slow_disk_writes_waits_for_it(sampled, tmp_path, whole, n):
     """In a snapshot and in a checkpoint: the file is whole, the run stops after it and goes on to the same bits."""
     flags = argv("sgd", sampled, tmp_path)
-    process = start(crash.run_on_slow_disk, "sgd", flags, n)
-    process.join()
-    assert process.exitcode == 128 + signal.SIGTERM and not list(tmp_path.glob(".*.tmp"))
-    for path in tmp_path.glob("*.pt"):
-        load_file(path, "file")
+    finish(crash.run_on_slow_disk, "sgd", flags, n, status=128 + signal.SIGTERM)
+    assert not list(tmp_path.glob(".*.tmp"))
+    check_files(tmp_path)
     finish(run, "sgd", [*flags, "--resume", "auto"])
     assert result("sgd", tmp_path) == whole["sgd"][1]
 
 
-def contents(directory):
-    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in directory.iterdir()}
-
-
 def test_overwrite_in_the_directory_of_the_snapshots_leaves_them(sampled, tmp_path):
+    def contents():
+        return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+
     shutil.copytree(sampled, tmp_path, dirs_exist_ok=True)
-    before = contents(tmp_path)
+    before = contents()
     for more in ([], ["--overwrite", "--epochs", "1"]):
         run("psgd", [*argv("psgd", tmp_path, tmp_path), *more])
-    after = contents(tmp_path)
+    after = contents()
     assert before == {name: after[name] for name in before}
 
 

@@ -299,22 +299,19 @@ def bare(tmp_path):
 RUFF = "python -m ruff check ."
 
 
-def test_packages_are_installed_once_after_saying_what_is_missing(bare, tmp_path):
+@pytest.mark.parametrize("uv, commands", [
+    ("uv.off", ["python -m venv .venv", "python -m pip install --disable-pip-version-check --quiet"]),
+    ("uv", ["uv venv --allow-existing --python HERE/bin/python .venv", "uv pip install --python .venv/bin/python"])])
+def test_packages_are_installed_once_after_saying_what_is_missing(bare, tmp_path, uv, commands):
+    (tmp_path / "bin" / "uv.off").rename(tmp_path / "bin" / uv)
     status, (problem, plan), (_, *log) = bare()
     assert status == 0 and plan.startswith("run.sh: ") and "into .venv instead, once: about 5 GB" in plan
     assert problem.endswith(f"ruff not installed: {sys.executable} -m pip install ruff")
-    assert log == ["python -m venv .venv", "python -m pip install --disable-pip-version-check --quiet -r "
-                   "requirements-dev.txt", RUFF]
+    venv, install = commands
+    assert log == [venv.replace("HERE", str(tmp_path)), f"{install} -r requirements-dev.txt", RUFF]
     assert not (tmp_path / ".venv" / "unfinished").exists()
     status, (line,), log = bare()
     assert status == 0 and "using .venv" in line and log == [RUFF]
-
-
-def test_uv_installs_where_it_is_on_the_path(bare, tmp_path):
-    (tmp_path / "bin" / "uv.off").rename(tmp_path / "bin" / "uv")
-    status, _, (_, *log) = bare()
-    assert status == 0 and log == [f"uv venv --allow-existing --python {tmp_path}/bin/python .venv",
-                                   "uv pip install --python .venv/bin/python -r requirements-dev.txt", RUFF]
 
 
 @pytest.mark.parametrize("trouble, reason", [

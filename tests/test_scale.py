@@ -1,4 +1,4 @@
-"""The formulae of docs/scale.md: what a step holds and sends, counted, and a plan by hand."""
+"""The formulae of docs/scale.md: what a step holds and sends, counted (its tables: test_benchmark.py)."""
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -60,32 +60,3 @@ def test_a_step_holds_and_sends_what_the_formulae_say(script, sent, method, shar
         step()
     assert live.peak == pytest.approx(scale.gpu_bytes(D, k, N, method, sharded), rel=0.02)
     assert 4 * (N - 1) / N * sum(sent) == pytest.approx(scale.step_bytes(D, k, N, method, sharded), rel=1e-3)
-
-
-def test_plan_by_hand(script):
-    scale = script("scale")
-    host = {"checksum": 2e9, "read_warm": 4e9, "finite": 1e8, "mapped_warm": 1e9, "open": 1000}
-    plan = scale.plan(10**9, 64, host)
-    assert plan["window at `--basis-memory 2`"] == "in files" and plan["files checked by each process"] == 3
-    blocks = 10  # of 2**31 // (16 * 81) columns
-    assert {key: value for key, value in plan.items() if not isinstance(value, str)} == pytest.approx({
-        "on disk, TB": 0.324,
-        "files checked by each process": 3,
-        "check, read from the file system, TB": 0.324 + 7 * 0.004,
-        "basis, read from the file system, TB": 0.648,
-        "check, s": 3 * (4 / 1.25 + 4 / 2 + 4 / 4 + 10),  # a node's 10 GB/s among 8
-        "basis, reading, s": 2 * (81 * 4 * 0.015625 + blocks * 81 / 1000),
-        "basis, arithmetic, s": (2 * 81 * 81 + 2 * 81 * 40) * 1e9 / 64 / 67e12 + 2 * 81 * 15_625_000 * 24 / 3.35e12,
-        "host memory per process, one file read or mapped, GB": 4,
-        "per GPU: P-BFGS (P-SGD: 4 D less), GB": 20 + 41 * 4 / 64,
-        "per GPU: P+-BFGS, GB": 32 + 41 * 4 / 64,
-        "per GPU with P whole, P-SGD, GB": 12 + 160,
-        "per GPU if w were sharded too (it is not), GB": 180 / 64,
-        "sent by each GPU per step, GB": 63 / 64 * 8,
-        "step: network, ms": 63 / 64 * 8e3 / 50,
-        "step: GPU memory traffic, ms": 1e3 * (8 * 40 * 15_625_000 + 40e9) / 3.35e12,
-        "the network's own passes, ms": 1e3 * 6e9 * 8192 / (989e12 * 0.4)}, rel=1e-6)
-    loaded = scale.plan(10**9, 256, host, b=2)
-    assert loaded["window at `--basis-memory 2`"] == "loaded" and loaded["files checked by each process"] == 81
-    assert loaded["check, read from the file system, TB"] == pytest.approx(32 * 0.162)
-    assert loaded["basis, reading, s"] == loaded["basis, read from the file system, TB"] == 0

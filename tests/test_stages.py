@@ -40,9 +40,8 @@ def test_snapshots_of_another_run_in_the_window_are_refused(sampled, tmp_path):
     for method in ("psgd", "pbfgs"):
         with pytest.raises(UserError, match=r"3\.pt not as sgd_snapshots.json of this run lists it"):
             in_subspace(tmp_path / "run", tmp_path / "p", method)
-    flags = digits_args(tmp_path / "run", "--params_end", 3, "--n_components", 2)
     with pytest.raises(UserError, match=r"3\.pt not as sgd_snapshots"):
-        trajectory.main(trajectory.parse_args(flags))
+        trajectory.main(trajectory.parse_args(digits_args(tmp_path / "run", "--params_end", 3, "--n_components", 2)))
 
 
 def test_starting_over_removes_what_the_script_has_written_and_no_more(tmp_path):

@@ -13,18 +13,14 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-import cheap
 import numpy as np
 import pytest
 import torch
 from networks import step
-from runs import digits_run
 from torch import nn
 
-import datasets
 import models
 from dldr.errors import UserError
-from dldr.files import save_tensors
 from dldr.snapshots import read_snapshot
 from dldr.subspace import ProjectedBFGS, ProjectedSGD, flat_parameters, pca_basis
 
@@ -158,24 +154,6 @@ def test_snapshots_of_the_release_load_by_position(name, tmp_path):
     torch.save({**state, key: value.new_zeros(len(value) + 1)}, path)
     with pytest.raises(UserError, match="0.pt is of another network"):
         read_snapshot(path, model)
-
-
-@pytest.mark.parametrize("name", ["shufflenet", "shufflenetv2", "mobilenet", "mobilenetv2", "squeezenet"])
-def test_psgd_in_snapshots_of_the_release(name, tmp_path, capsys, monkeypatch):
-    few = datasets.SOURCES["digits"]._replace(read=lambda root: [part[:20] for part in cheap.DIGITS()])
-    monkeypatch.setitem(datasets.SOURCES, "digits", few)
-    torch.manual_seed(0)
-    model = models.get_model(name, 10)
-    w = flat_parameters(model)
-    for i in range(3):
-        save_tensors(tmp_path / f"{i}.pt", dict(zip((key for key, *_ in entries(name)), model.state_dict().values(),
-                                                    strict=True)))
-        w += 0.01 * w.std() * torch.randn_like(w)
-    summary = digits_run("psgd", tmp_path, "--arch", name, "--params_end", 3, "--n_components", 2, "--epochs", 1,
-                         "--smalldatasets", 1)
-    assert summary["snapshots"] == 3 and summary["test_accuracy_last"] is not None
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if "by position" in line)
-    assert "0.pt holds other names" in line and line.endswith("matched by position")
 
 
 @pytest.fixture(scope="module", params=by_size(REFERENCE))
