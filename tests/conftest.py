@@ -49,6 +49,19 @@ def folder(tmp_path):
 
 
 @pytest.fixture
+def own(tmp_path):
+    """A function that writes a file of functions, for FILE.py:FUNCTION, and returns its path."""
+
+    def write(text, name="own.py"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.fixture
 def script(monkeypatch):
     """A script of benchmarks/ by name, as a module."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

@@ -113,12 +113,6 @@ def other(classes):
 """
 
 
-@pytest.fixture
-def own(tmp_path):
-    (tmp_path / "own.py").write_text(OWN)
-    return tmp_path / "own.py"
-
-
 def start(method, arch, directory, *more, output=None):
     return digits_run(method, directory, "--arch", arch, "--smalldatasets", 0.1, "--epochs", 5, *more, output=output)
 
@@ -126,14 +120,15 @@ def start(method, arch, directory, *more, output=None):
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_frozen_and_unused_parameters_of_an_own_network_stay(own, tmp_path, optimizer):
     """--arch FILE.py:FUNCTION in all three scripts, bitwise: under weight decay, and P+-BFGS's residual step, too."""
+    arch = f"{own(OWN)}:net"
     for method, *more in (("sgd", "--optimizer", optimizer, "--lr", "0.05", "--wd", "0.1"), ("psgd", "--lr", "0.1"),
                           ("pbfgs", "--alpha", "0.01")):
-        summary = start(method, f"{own}:net", tmp_path, *more)
+        summary = start(method, arch, tmp_path, *more)
         assert summary["parameters"] == 8 * 4 * 9 + 2 * 8 + 2 * (8 * 10 + 10)  # without the frozen ones
         first, final = (state(tmp_path / name) for name in ("0.pt", f"{method}_final.pt"))
         moved = {name for name in first if not torch.equal(first[name], final[name])}
         assert moved == {name for name in first if not name.startswith(("frozen", "unused"))}
-    assert start("psgd", f"{own}:net", tmp_path, "--evaluate")["accuracy"] > 0
+    assert start("psgd", arch, tmp_path, "--evaluate")["accuracy"] > 0
 
 
 @pytest.mark.parametrize("method", SCRIPTS)
@@ -145,8 +140,9 @@ def test_frozen_and_unused_parameters_of_an_own_network_stay(own, tmp_path, opti
     ("pair", "for 2 samples and 10 classes the network returned a tuple"),
 ])
 def test_own_networks_that_cannot_be_trained(own, sampled, tmp_path, method, function, message):
-    file = own.with_name("missing.py") if "no file" in message else own
-    out = tmp_path / "out"
+    file, out = own(OWN), tmp_path / "out"
+    if "no file" in message:
+        file.unlink()
     with pytest.raises(UserError, match=rf"^--arch {file}:{function}: .*{message}"):
         start(method, f"{file}:{function}", out if method == "sgd" else sampled, output=out)
     assert not (tmp_path / "out").exists()

@@ -51,19 +51,6 @@ def image_net(num_classes):
 """
 
 
-@pytest.fixture
-def own(tmp_path):
-    """A function that writes a file of functions and returns its path."""
-
-    def write(text=FILE, name="own.py"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-        return path
-
-    return write
-
-
 # ------------------------------------------------------------------------------------------------------ what is read
 
 
@@ -82,7 +69,7 @@ def test_npz_is_normalised_by_the_training_images_and_not_augmented(tmp_path, sh
 
 
 def test_functions_return_arrays_or_datasets(own):
-    file = own()
+    file = own(FILE)
     module = {}
     exec(FILE, module)
     grey, augmented, tabular, sets = (load(f"{file}:{name}") for name in ("grey", "augmented", "tabular", "sets"))
@@ -98,7 +85,7 @@ def test_functions_return_arrays_or_datasets(own):
 
 def test_items_of_a_dataset_are_drawn_by_seed_and_epoch(own):
     """Whatever the workers; and a part and label noise are drawn as those of image folders."""
-    name = f"{own()}:sets"
+    name = f"{own(FILE)}:sets"
     here, there, other = load(name), load(name, workers=1), load(name, seed=2)
     torch.manual_seed(5)
     first = epoch(here.train, 2)
@@ -147,7 +134,7 @@ def run(method, directory, data, arch, *more):
 @pytest.mark.parametrize(("function", "network"), [("grey", "image_net"), ("sets", "image_net"),
                                                    ("tabular", "flat_net")])
 def test_all_stages_report_and_trajectory(own, tmp_path, function, network, monkeypatch, capsys):
-    file, out = own(name="my/own.py"), tmp_path / "run"
+    file, out = own(FILE, "my/own.py"), tmp_path / "run"
     data, arch = f"{file}:{function}", f"{file}:{network}"
     for method in SCRIPTS:
         summary = run(method, out, data, arch)
@@ -170,7 +157,7 @@ def test_named_networks_on_own_images(folder, tmp_path, kind):
 
 
 def test_another_file_is_refused_between_stages_and_on_resuming(own, tmp_path):
-    file, out = own(), tmp_path / "run"
+    file, out = own(FILE), tmp_path / "run"
     names = f"{file}:grey", f"{file}:image_net"
     run("sgd", out, *names)
     own(FILE + "# changed\n")
@@ -324,6 +311,6 @@ def test_files_that_do_not_exist(name, message):
     ("tabular", "FILE:image_net", r"--arch \S+ does not take a mini-batch \(2, 10\) torch.float32 of --datasets: "),
 ])
 def test_networks_that_do_not_fit_the_data(own, tmp_path, function, network, message):
-    file = own()
+    file = own(FILE)
     with pytest.raises(UserError, match=message):
         run("sgd", tmp_path / "run", f"{file}:{function}", network.replace("FILE", str(file)))
