@@ -205,20 +205,12 @@ def mean(runs, key):
     return "-" if None in values else plots.plus_minus(values)
 
 
-# what the published runs have in common, and their schedules
-PUBLISHED = {"momentum": 0.9, "weight_decay": 1e-4, "accumulate": 1, "half": False, "smalldatasets": None, "alpha": 0.0,
-             "samples_per_epoch": 1, "start_epoch": 0, "snapshot_dtype": "float32", "allow_mismatch": [],
-             "processes": 1}
-MILESTONES = {("sgd", "CIFAR10"): [100, 150], ("sgd", "CIFAR100"): [150], ("psgd", "CIFAR10"): [30, 50]}
-
-
 def on_record(run):
     """The reference result (results/targets.json) of the run's setting; None unless all that matters agrees."""
-    wanted = {**PUBLISHED, "milestones": MILESTONES.get((run["method"], run["dataset"]))}
-    values = {**wanted, **run["hardware"], **run["args"], **run, "label": label(run)}  # hardware has the processes
-    for target in load_json(TARGETS)["targets"]:
-        own = {key: value for key, value in target.items() if key not in ("table", "source", "last", "best")}
-        if all(values.get(key) == value for key, value in {**wanted, **own}.items()):
+    record = load_json(TARGETS)
+    values = {**record["common"], **run["hardware"], **run["args"], **run, "label": label(run)}
+    for target in record["targets"]:
+        if all(values.get(key) == value for key, value in {**record["common"], **target["setting"]}.items()):
             return target
     return None
 

@@ -270,7 +270,7 @@ def test_targets_are_compared_with_the_very_setting_only(runs):
     assert report.compared([run(91.0, n_components=25)]) == ("91.77 [B]", "-0.77 (one seed)")
     for changed in ({"smalldatasets": 0.2}, {"epochs": 30}, {"params_end": 71}, {"arch": "resnet32"}, {"lr": 0.5},
                     {"basis": "random"}, {"n_components": 39}, {"half": True}, {"accumulate": 2}, {"momentum": 0.5},
-                    {"milestones": [10]}):
+                    {"milestones": [10]}, {"pretrained": "a.pt"}, {"allow_mismatch": ["smalldatasets"]}):
         assert report.compared([run(92.0, **changed)]) == ("-", "-")
     assert report.compared([{**run(92.0), "hardware": {"processes": 2}}]) == ("-", "-")
     rows = report.table([run(91.0), run(92.0, n_components=3), run(90.0, 2)])
