@@ -2,8 +2,7 @@
 
 Each side has a process of its own, which sleeps while another works: A B A B ... after a warm-up repetition of each.
 Printed are medians, their ratio and its range. An epoch is one of the first --samples training images, of the digits
-where --data has no cifar10.npz, and in SGD ends with its snapshot. Predicted before any run on a GPU: beside an H100 a
-normal host's baseline takes 1.5 to 2.5 s for an epoch of SGD: 3 to 5 times ours, not 10. Run it on an idle machine.
+where --data has no cifar10.npz, and in SGD ends with its snapshot. Run it on an idle machine.
 
 Example:
   python benchmarks/run.py --half --json results/cpu-speed/benchmark.json

@@ -23,7 +23,7 @@ from dldr import distributed
 from dldr.errors import UserError
 from dldr.files import checksum, cpu_copy, load_file, load_json, load_model, save_json, save_tensors, write_atomically
 
-FORMAT = 2  # of checkpoints; those without a number are of revision 4748ea4 and before
+FORMAT = 2  # of checkpoints
 FILES = r"(args|summary)\.json|log\.jsonl|(checkpoint|final)\.pt"  # after the method and "_"; of sgd also:
 SNAPSHOTS = r"\d+\.pt|sgd_snapshots\.json"
 COLUMNS = {  # of the epoch lines: heading -> key in the log, format; at most 100 characters in all
@@ -135,8 +135,6 @@ class Run:
 
     def changed_flags(self, then):
         """How the flags differ from `then`, ignoring those that may change: "lr 0.1 -> 0.2, ...", or ""."""
-        # what files from before these flags mean
-        then = {"sync_bn": False, "snapshot_dtype": "float32", "allow_mismatch": [], "start": "first", **then}
         return what_changed(then, {key: value for key, value in self.args.items() if key not in self.changeable})
 
     def prepare_directory(self):
@@ -222,12 +220,11 @@ class Run:
     def restore(self, path, model, optimizer):
         """Load a checkpoint, with the log as it was then; returns the index of the next epoch."""
         state = load_file(path, "checkpoint (--resume)")
-        if state.get("method") == self.method and "format" not in state:
-            raise UserError(f"--resume {path} is a checkpoint of an earlier revision (4748ea4 or before): "
-                            "resume it with that revision, or start over with --overwrite")
         kinds = {"epoch": int, "log": list, **dict.fromkeys(("model", "seconds", "optimizer", "facts", "args"), dict)}
-        if state.get("method") != self.method or not all(isinstance(state.get(k), kind) for k, kind in kinds.items()):
-            raise UserError(f"--resume {path} is not a checkpoint of this script ({self.method}_checkpoint.pt)")
+        if ((state.get("method"), state.get("format")) != (self.method, FORMAT)
+                or not all(isinstance(state.get(name), kind) for name, kind in kinds.items())):
+            raise UserError(f"--resume {path} is not a checkpoint of this script and version "
+                            f"({self.method}_checkpoint.pt)")
         if changed := self.changed_flags(state["args"]):
             raise UserError(f"--resume {path} is of another experiment: {changed}")
         if state["epoch"] > self.epochs:
@@ -360,14 +357,11 @@ def provenance(device):
     """What a reader needs to know of a result's origin: versions, hardware (no host name), git revision."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     for package in ("torchvision", "scikit-learn"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # the library needs neither
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "none"
-    cpu = platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    cpu = None
+    with contextlib.suppress(OSError):  # Linux has this file
+        cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
     revision = None  # outside a checkout; with "-dirty" if tracked files differ from it
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         revision = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], check=True,
@@ -377,7 +371,7 @@ def provenance(device):
         "hardware": {
             "device": device.type,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-            "cpu": cpu,
+            "cpu": cpu[1] if cpu else platform.machine(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "processes": distributed.world_size(),

@@ -78,6 +78,7 @@ def init(device: torch.device, timeout: float) -> None:
 
 def destroy() -> None:
     if dist.is_initialized():
+        dist.barrier()  # torch 2.4 deadlocks if a thread of gloo still holds a tensor of the collective before
         dist.destroy_process_group()
 
 

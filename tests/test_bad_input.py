@@ -190,7 +190,6 @@ def test_a_write_that_fails_names_the_path_and_leaves_the_old_file(tmp_path):
 @pytest.mark.parametrize("content, message", [
     ({"method": "psgd", "format": 2}, "not a checkpoint"), ({"method": "psgd", "format": 2, "model": {}}, "not a che"),
     ({"method": "psgd", "format": 2, "args": None}, "not a checkpoint"), ({"method": "sgd", "model": {}}, "not a che"),
-    ({"method": "psgd", "model": {}}, "of an earlier revision .* with that revision, or start over with --overwrite"),
     ([1, 2], "holds a list"), (torch.zeros(3), "holds a Tensor"),
 ])
 def test_files_that_are_no_checkpoints(sampled, tmp_path, content, message):
