@@ -185,7 +185,7 @@ def distinct(names, settings):
     """The names, each with what tells it from others: of its setting k, snapshots and images where any two settings
     differ in these, anything else where names are the same so far; and where nothing differs, a number."""
     for key in dict.fromkeys(chain(*settings)):
-        texts = [setting.get(key, "") for setting in settings]
+        texts = [own.get(key, "") for own in settings]
         pairs = list(zip(names, texts, strict=True))
         if key in ("k", "snapshots", "images"):
             told = names if len({*texts} - {""}) > 1 else []

@@ -98,7 +98,9 @@ def test_figures_show_the_numbers_of_their_runs(many):
     assert list(count.get_lines()[0].get_ydata()) == [1.5, 2.5] and list(first.get_lines()[0].get_ydata()) == [91.5] * 2
     band = count.collections[0].get_datalim(count.transData)
     assert (band.y0, band.y1) == (pytest.approx(1.5 - 0.5**0.5), pytest.approx(2.5 + 0.5**0.5))
-    each, total = plots.variance(report.bases(report.named(clean)), "title").axes
+    (space,) = report.bases(report.named(clean))
+    assert [run["n_components"] for run in space.runs] == [9, 9]
+    each, total = plots.variance([space], "title").axes
     shares = clean[1]["explained_variance"]["per_component"]
     assert list(each.get_lines()[0].get_ydata()) == pytest.approx([100 * share for share in shares])
     assert total.get_lines()[0].get_ydata()[-1] == pytest.approx(100 * sum(shares))
