@@ -156,7 +156,7 @@ def last_points(ax, lines):
             ax.errorbar(mean, y, xerr=sd or None, **own)
     ax.locator_params(axis="x", integer=False)
     ax.set_yticks(range(len(lines)), names, fontsize=9)
-    arrows = "; arrow: far below" * any(line.get_marker() == "<" for line in ax.get_lines())
+    arrows = "\narrow: far below" * any(line.get_marker() == "<" for line in ax.get_lines())
     ax.set(ylim=(len(lines) - 0.5, -0.5),
            xlabel=f"test accuracy (%): last epoch (filled, number), best epoch (hollow){arrows}")
 
