@@ -5,13 +5,16 @@ import io
 import re
 import statistics
 from collections import namedtuple
-from itertools import accumulate
 from pathlib import Path
+
+import numpy as np
 
 COLOURS = {"SGD": "#000000", "Adam": "#CC79A7", "P-SGD": "#D55E00", "P-BFGS": "#0072B2"}  # Okabe and Ito's palette
 OTHERS = ("#009E73", "#E69F00", "#56B4E9", "#999999")  # for what is no method
 DASHES, MARKERS = ("-", "--", ":", "-."), "os^Dv"
-SHADE = {"color": "0.5", "alpha": 0.15, "linewidth": 0}  # the sampled window
+BAND = {"alpha": 0.15, "linewidth": 0}
+SHADE = {"color": "0.5", **BAND}  # the sampled window
+BEST = {"markersize": 9, "markerfacecolor": "none"}  # a best epoch is hollow
 CLOSE = 10  # percentage points below the best: what a close view shows
 
 # what a figure draws as one: summaries (with "log") that differ in their seed, or in what is on the x axis; the method
@@ -43,21 +46,22 @@ def figure(title, height=3.8):
     return fig
 
 
-def panels(fig, columns, counts=True):
-    """Axes side by side; `counts`: with whole numbers on x."""
+def panels(fig, columns):
+    """Axes side by side, with whole numbers on x."""
     axes = fig.subplots(1, columns, squeeze=False)[0]
     for ax in axes:
         ax.grid(alpha=0.3)
-        ax.locator_params(axis="x", integer=counts)
+        ax.locator_params(axis="x", integer=True)
     return axes
 
 
-def legend(fig, ax):
-    """What the lines of `ax` are, below it, where there are several; as many side by side as fit."""
+def legend(ax):
+    """The figure of `ax`, below it what the lines are where there are several; as many side by side as fit."""
     lines, names = ax.get_legend_handles_labels()
     if len(names) > 1:
         columns = max(1, min(len(names), 120 // (max(map(len, names)) + 8)))
-        fig.legend(lines, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+        ax.figure.legend(lines, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    return ax.figure
 
 
 def spread(values):
@@ -65,66 +69,74 @@ def spread(values):
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def plus_minus(values):
+    """Mean and, of several values, standard deviation as text."""
+    mean, sd = spread(values)
+    return f"{mean:.2f}" + (f" ± {sd:.2f}" if len(values) > 1 else "")
+
+
 def styled(lines):
     """Each line with its style: the method's colour; lines of one method differ in tint, dashes and marker."""
+    from matplotlib.colors import to_rgb
+
     for line in lines:
         same = sorted((other for other in lines if other.method == line.method),
                       key=lambda other: -(other.runs[0]["n_components"] or 0))  # the largest k has the full colour
-        i, rgb = same.index(line), [int(COLOURS[line.method][j : j + 2], 16) / 255 for j in (1, 3, 5)]
-        yield line, {"color": tuple(1 - (1 - c) * (1 - 0.6 * i / len(same)) for c in rgb), "label": line.name,
-                     "linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)]}
-
-
-def curve(ax, x, y, style):
-    """Mean and standard deviation of y against the mean of x, over seeds; x and y hold a list for each."""
-    xs, ys = [statistics.fmean(point) for point in zip(*x, strict=True)], list(map(spread, zip(*y, strict=True)))
-    ax.plot(xs, [mean for mean, _ in ys], markersize=3, linewidth=1.2, **style)
-    if len(y) > 1:
-        ax.fill_between(xs, [mean - sd for mean, sd in ys], [mean + sd for mean, sd in ys], color=style["color"],
-                        alpha=0.15, linewidth=0)
-
-
-def against(ax, line, x, key, style):
-    """Mean and standard deviation of run[key] over seeds, against x(run)."""
-    points = sorted({x(run) for run in line.runs})
-    values = [spread([run[key] for run in line.runs if x(run) == point]) for point in points]
-    ax.errorbar(points, *zip(*values, strict=True), capsize=3, **style)
+        i = same.index(line)
+        yield line, {"color": tuple(1 - (1 - c) * (1 - 0.6 * i / len(same)) for c in to_rgb(COLOURS[line.method])),
+                     "label": line.name, "linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)]}
 
 
 def logged(line, key):
-    return [[epoch[key] for epoch in run["log"]] for run in line.runs]
+    """Array (seeds, epochs)."""
+    return np.array([[epoch[key] for epoch in run["log"]] for run in line.runs])
 
 
 def elapsed(line):
     """Seconds at the end of each epoch: SGD's up to the end of the window, the basis', and the run's own training."""
-    before = [run["sampling_seconds"] + run["seconds"]["basis"] for run in line.runs]
-    return [[first + s for s in accumulate(own)] for first, own in zip(before, logged(line, "seconds"), strict=True)]
+    before = [[run["sampling_seconds"] + run["seconds"]["basis"]] for run in line.runs]
+    return before + logged(line, "seconds").cumsum(axis=1)
 
 
-def accuracy(lines, title, remark=""):
-    """Test accuracy against epoch; against seconds, unless `remark` says why not; the last and the best epochs, whose
+def curve(ax, x, y, style):
+    """Mean and standard deviation of y (seeds, points) against the mean of x."""
+    x, mean = np.mean(x, axis=0), np.mean(y, axis=0)
+    ax.plot(x, mean, markersize=3, linewidth=1.2, **style)
+    if len(y) > 1:
+        sd = np.std(y, axis=0, ddof=1)
+        ax.fill_between(x, mean - sd, mean + sd, color=style["color"], **BAND)
+
+
+def against(ax, line, x, key, style, scale=1, shift=0.0):
+    """Mean and standard deviation of run[key] over seeds, against scale * run[x] + shift."""
+    points = sorted({run[x] for run in line.runs})
+    values = [spread([run[key] for run in line.runs if run[x] == point]) for point in points]
+    ax.errorbar([scale * point + shift for point in points], *zip(*values, strict=True), capsize=3, **style)
+
+
+def accuracy(lines, title, untimed=""):
+    """Test accuracy against epoch; against seconds, unless `untimed` says why not; the last and the best epochs, whose
     panel is the legend too: the row of a line has its name and style."""
     rows = 0.9 + 0.2 * len(lines)
     fig = figure(title, 3.4 + rows)
     curves, points = fig.subfigures(2, 1, height_ratios=(3.4, rows))
-    axes, windows = panels(curves, 1 if remark else 2), {}
+    axes, windows = panels(curves, 1 if untimed else 2), {}
     for line, style in styled(lines):
         curve(axes[0], logged(line, "epoch"), logged(line, "test_accuracy"), style)
-        if not remark:
+        if not untimed:
             curve(axes[1], elapsed(line), logged(line, "test_accuracy"), style)
         for run in line.runs:
             windows.setdefault(run["window"], []).append(run["sampling_seconds"])
     for window in filter(None, windows):
         axes[0].axvspan(*window, **SHADE)
-        if not remark:
+        if not untimed:
             axes[1].axvspan(0, statistics.fmean(windows[window]), **SHADE)
-    several = any(windows)
     texts = (("epoch of each method", "shaded: epochs of SGD that were sampled"),
              ("seconds of training", "shaded: sampling, after which subspace methods start"))
     for ax, (text, shaded) in zip(axes, texts, strict=False):
-        ax.set(ylabel="test accuracy (%)", xlabel=f"{text}\n({shaded})" if several else text)
-    fig.supxlabel(remark, fontsize=9, color="0.35")
-    last_points(*panels(points, 1, counts=False), lines)
+        ax.set(ylabel="test accuracy (%)", xlabel=f"{text}\n({shaded})" if any(windows) else text)
+    fig.supxlabel(f"not against seconds, which are no measure: {untimed}" if untimed else "", fontsize=9, color="0.35")
+    last_points(*panels(points, 1), lines)
     return fig
 
 
@@ -132,106 +144,93 @@ def last_points(ax, lines):
     """A row for each line: its last epoch, filled, its best, hollow; or an arrow, where it is far below the others."""
     floor, names = max(run["test_accuracy_last"] for line in lines for run in line.runs) - CLOSE, []
     for y, (line, style) in enumerate(styled(lines)):
-        last, best = (spread([run[f"test_accuracy_{which}"] for run in line.runs]) for which in ("last", "best"))
-        names.append(f"{line.name}: {last[0]:.2f}" + (f" ± {last[1]:.2f}" if len(line.runs) > 1 else ""))
+        last, best = ([run[f"test_accuracy_{which}"] for run in line.runs] for which in ("last", "best"))
+        names.append(f"{line.name}: {plus_minus(last)}")
         ax.axhline(y, color=style["color"], linestyle=style["linestyle"], linewidth=1.2, alpha=0.5)
-        own = {"color": style["color"], "marker": style["marker"], "capsize": 3, "markersize": 6}
-        if last[0] < floor:
+        look = {"color": style["color"], "marker": style["marker"], "capsize": 3, "markersize": 6}
+        if statistics.fmean(last) < floor:
             ax.plot(0.01, y, color=style["color"], marker="<", markersize=9, transform=ax.get_yaxis_transform())
-        else:
-            ax.errorbar(last[0], y, xerr=last[1] or None, **own)
-            ax.errorbar(best[0], y, xerr=best[1] or None, **{**own, "markersize": 9, "markerfacecolor": "none"})
+            continue
+        for values, own in ((last, look), (best, {**look, **BEST})):
+            mean, sd = spread(values)
+            ax.errorbar(mean, y, xerr=sd or None, **own)
+    ax.locator_params(axis="x", integer=False)
     ax.set_yticks(range(len(lines)), names, fontsize=9)
-    arrows = "; arrow: far below" * any(line.get_marker() == "<" for line in ax.get_lines())
+    arrows = "\narrow: far below" * any(line.get_marker() == "<" for line in ax.get_lines())
     ax.set(ylim=(len(lines) - 0.5, -0.5),
            xlabel=f"test accuracy (%): last epoch (filled, number), best epoch (hollow){arrows}")
 
 
 def variance(lines, title):
     """Share of the snapshots' variance that each direction explains, and the cumulative one; a line for each basis."""
-    fig = figure(title)
-    each, total = panels(fig, 2)
+    each, total = panels(figure(title), 2)
     for i, line in enumerate(lines):
         style = {"color": OTHERS[i % len(OTHERS)], "marker": MARKERS[i % len(MARKERS)], "label": line.name}
-        shares = [[100 * share for share in run["explained_variance"]["per_component"]] for run in line.runs]
-        numbers = [list(range(1, 1 + len(run))) for run in shares]
+        shares = 100 * np.array([run["explained_variance"]["per_component"] for run in line.runs])
+        numbers = [range(1, 1 + shares.shape[1])]
         curve(each, numbers, shares, style)
-        curve(total, numbers, [list(accumulate(run)) for run in shares], style)
+        curve(total, numbers, shares.cumsum(axis=1), style)
     least = min(share for line in each.get_lines() for share in line.get_ydata() if share > 0)
     each.set(xlabel="direction", ylabel="explained variance (%)", yscale="log", ylim=(least / 3, 150))
     total.set(xlabel="number of directions", ylabel="cumulative explained variance (%)")
-    legend(fig, total)
-    return fig
+    return legend(total)
 
 
 def dimensions(lines, title):
     """Last test accuracy against k, of methods in all parameters as a band; and closer, if some is far below others."""
     last = [run["test_accuracy_last"] for line in lines for run in line.runs]
-    fig, far = figure(title), min(last) < max(last) - CLOSE
-    axes = panels(fig, 2 if far else 1)
+    far = min(last) < max(last) - CLOSE
+    axes = panels(figure(title), 2 if far else 1)
     for ax in axes:
         for line, style in styled(lines):
             if line.runs[0]["n_components"]:
-                against(ax, line, lambda run: run["n_components"], "test_accuracy_last", style)
+                against(ax, line, "n_components", "test_accuracy_last", style)
             else:
                 mean, sd = spread([run["test_accuracy_last"] for run in line.runs])
                 ax.axhline(mean, color=style["color"], linestyle=style["linestyle"], label=f"{line.name}, no subspace")
-                ax.axhspan(mean - sd, mean + sd, color=style["color"], alpha=0.15, linewidth=0)
+                ax.axhspan(mean - sd, mean + sd, color=style["color"], **BAND)
         ax.set_xticks(sorted({run["n_components"] for line in lines for run in line.runs} - {None}))
         ax.set(xlabel="components k", ylabel="test accuracy, last epoch (%)")
     if far:
         axes[1].set(ylim=(max(last) - CLOSE, max(last) + 1), ylabel="the same, close to the best (%)")
-    legend(fig, axes[0])
-    return fig
+    return legend(axes[0])
 
 
 def noise(lines, title):
     """Last test accuracy against label noise, and SGD's best."""
-    fig, levels = figure(title), sorted({100 * run["corrupt"] for line in lines for run in line.runs})
-    (ax,) = panels(fig, 1)
+    (ax,), levels = panels(figure(title), 1), sorted({100 * run["corrupt"] for line in lines for run in line.runs})
     for i, (line, style) in enumerate(styled(lines)):
         shift = 0.008 * levels[-1] * (i - (len(lines) - 1) / 2)  # else the bars hide each other
-
-        def x(run, shift=shift):
-            return 100 * run["corrupt"] + shift
-
-        against(ax, line, x, "test_accuracy_last", {**style, "label": f"{line.name}, last epoch", "markersize": 5})
-        if line.method == "SGD":
-            against(ax, line, x, "test_accuracy_best", {**style, "label": f"{line.name}, best epoch", "linestyle": ":",
-                                                        "markerfacecolor": "none", "markersize": 9})
+        looks = {"last": {"markersize": 5}} | ({"best": {"linestyle": ":", **BEST}} if line.method == "SGD" else {})
+        for which, look in looks.items():
+            style |= {"label": f"{line.name}, {which} epoch", **look}
+            against(ax, line, "corrupt", f"test_accuracy_{which}", style, scale=100, shift=shift)
     ax.set_xticks(levels)
     ax.set(xlabel="label noise (%); methods side by side at each level", ylabel="test accuracy (%)")
-    legend(fig, ax)
-    return fig
+    return legend(ax)
 
 
 def trials(lines, title):
     """Trials per step of P-BFGS and how many searches take their first trial, against epoch."""
-    fig = figure(title)
-    axes = panels(fig, 2)
-    for line, style in styled(lines):
-        curve(axes[0], logged(line, "epoch"), logged(line, "trials_per_step"), style)
-        curve(axes[1], logged(line, "epoch"), logged(line, "first_trial_accepted"), style)
-    axes[0].set(xlabel="epoch of P-BFGS", ylabel="trials per step")
-    axes[1].set(xlabel="epoch of P-BFGS", ylabel="first trial accepted (% of steps)")
-    legend(fig, axes[0])
-    return fig
+    texts = {"trials_per_step": "trials per step", "first_trial_accepted": "first trial accepted (% of steps)"}
+    for ax, (key, text) in zip(panels(figure(title), 2), texts.items(), strict=True):
+        for line, style in styled(lines):
+            curve(ax, logged(line, "epoch"), logged(line, key), style)
+        ax.set(xlabel="epoch of P-BFGS", ylabel=text)
+    return legend(ax)
 
 
 def plane(result):
     """What trajectory.py measured: distances against snapshot; the loss surface with the paths over it."""
-    import numpy as np
-
     args, (first, last) = result["args"], result["snapshots"]
     fig = figure(f"SGD and the subspace of its snapshots: {in_words(args)}, seed {args['randomseed']}", height=4.2)
-    distance, surface = panels(fig, 2, counts=False)
+    distance, surface = panels(fig, 2)
     k = result.get("k", args["n_components"])
     for key, text, dashes in (("start", "from where it started", "-"),
                               ("subspace", f"from the {k}-dimensional subspace", "--")):
         distance.plot(range(first, last + 1), result[f"distance_from_{key}"], dashes, color=COLOURS["SGD"], label=text)
     distance.axvspan(args["params_start"], args["params_end"] - 1, **SHADE)
     distance.set(xlabel="snapshot of SGD (shaded: the window of the basis)", ylabel="Euclidean distance of SGD")
-    distance.locator_params(axis="x", integer=True)
     distance.legend(frameon=False, fontsize=9, loc="center right")
     losses = np.maximum(result["losses"], 1e-6)
     levels = np.geomspace(losses.min(), losses.max(), 12)
@@ -244,11 +243,11 @@ def plane(result):
                          label=None if i else method)
             surface.plot(*path[-1], markersize=7, markeredgecolor="white", zorder=3, **style)
     surface.plot(0, 0, "*", color="white", markeredgecolor="black", markersize=13)
+    surface.locator_params(axis="x", integer=False)
     surface.set(xlabel="component 1", ylabel="component 2")
     surface.set_title("paths from the star to their filled ends, projected onto\n"
                       "the plane (hollow points): their own losses differ", fontsize=9)
-    legend(fig, surface)
-    return fig
+    return legend(surface)
 
 
 def image(fig, kind="png"):

@@ -19,11 +19,10 @@ import csv
 import io
 import json
 import math
-import os
 import re
 import statistics
 import textwrap
-from itertools import zip_longest
+from itertools import chain, compress, zip_longest
 from pathlib import Path
 
 import packages  # noqa: F401 - first: it says what is missing
@@ -55,54 +54,49 @@ def parse_args(argv=None):
 
 def files(directories, name):
     """(stage, path) of the stages' files of this name below the directories."""
-    for directory in directories:
-        for stage in METHODS:
-            yield from ((stage, path) for path in sorted(Path(directory).rglob(f"{stage}_{name}")))
+    return [(stage, path) for directory in directories for stage in METHODS
+            for path in sorted(Path(directory).rglob(f"{stage}_{name}"))]
 
 
 def find_runs(directories):
     """Summaries below the directories, each once, in the order of the table; with "log", and what `sampling` adds."""
-    runs, seen = [], set()
+    runs = {}  # by content: a copy is no second run
     for stage, path in files(directories, "summary.json"):
         try:
             summary = json.loads(path.read_text())
-            lines = path.with_name(f"{stage}_log.jsonl").read_text().splitlines()
-            if (content := json.dumps(summary, sort_keys=True)) not in seen:  # else a copy of a run
-                summary |= {key: plots.short(summary[key]) for key in ("dataset", "arch")}
-                runs.append({**summary, "directory": path.parent, "log": [json.loads(line) for line in lines]})
-            seen.add(content)
+            log = [json.loads(line) for line in path.with_name(f"{stage}_log.jsonl").read_text().splitlines()]
         except (OSError, ValueError) as error:
             raise UserError(f"{path} and its {stage}_log.jsonl cannot be read: {error}") from error
+        names = {key: plots.short(summary[key]) for key in ("dataset", "arch")}
+        runs.setdefault(json.dumps(summary, sort_keys=True), {**summary, **names, "directory": path.parent, "log": log})
     if not runs:
         raise UserError(f"no *_summary.json below {' '.join(directories)}; a finished run writes one")
-    return sorted(({**run, **sampling(run, runs)} for run in runs), key=order)
+    return sorted(({**run, **sampling(run, runs.values())} for run in runs.values()), key=order)
 
 
 def sampling(run, runs):
     """How a run's subspace was sampled: "window", the first and last epoch of SGD in it (None for SGD and if unknown),
-    and "sampling_seconds" of SGD's training up to there (0 for SGD, None if the run that sampled is not in `runs`)."""
+    and "sampling_seconds" of SGD's training up to there (0 for SGD, None if not exactly one of `runs` can be it)."""
     if run["method"] == "sgd":
         return {"window": None, "sampling_seconds": 0.0}
-    args, facts = run["args"], run.get("sampling") or {}
-    found = {}  # SGD's runs by how many letters their path and this run's have in common: the nearest is meant
-    for sgd in runs:
-        if (sgd["method"] == "sgd" and all(sgd[key] == run[key] for key in ("dataset", "arch", "parameters"))
-                and all(sgd["args"].get(key, value) == value for key, value in facts.items())
-                and (sgd["args"]["save_dir"] == args["save_dir"] or sgd["directory"] == run["directory"])):
-            paths = [sgd["directory"].absolute(), run["directory"].absolute()]
-            found.setdefault(len(os.path.commonpath(paths)), []).append(sgd)
-    source = found[max(found)] if found else []
-    per_epoch = facts.get("samples_per_epoch") or (source[0]["args"].get("samples_per_epoch") if source else None) or 1
-    epochs = [i / per_epoch for i in window(run)]
-    seconds = [e["seconds"] for e in source[0]["log"] if e["epoch"] < epochs[-1] + 1] if len(source) == 1 else []
-    known = bool(seconds) and len(seconds) == math.ceil(epochs[-1])
+    facts = run.get("sampling") or {}
+    found = [sgd for sgd in runs if sgd["method"] == "sgd"
+             and all(sgd[key] == run[key] for key in ("dataset", "arch", "parameters"))
+             and all(sgd["args"].get(key, value) == value for key, value in facts.items())
+             and (sgd["args"]["save_dir"] == run["args"]["save_dir"] or sgd["directory"] == run["directory"])]
+    args, log = (found[0]["args"], found[0]["log"]) if len(found) == 1 else (facts, [])
+    epochs = [i / (args.get("samples_per_epoch") or 1) for i in window(run)]
+    end = math.ceil(epochs[-1])
+    seconds = [line["seconds"] for line in log if line["epoch"] <= end]
+    known = 0 < len(seconds) == end
     return {"window": (epochs[0], epochs[-1]) if known or facts else None,
             "sampling_seconds": sum(seconds) if known else None}
 
 
 def window(run):
     """Numbers of the snapshots that a subspace run used."""
-    return range(run["args"]["params_start"], run["args"]["params_end"], run["args"].get("params_step", 1))
+    args = run["args"]
+    return range(args["params_start"], args["params_end"], args["params_step"])
 
 
 def order(run):
@@ -110,8 +104,7 @@ def order(run):
     args = run["args"]
     return (run["dataset"], run["arch"], args.get("smalldatasets") or 1, run["corrupt"],
             list(plots.COLOURS).index(method(run)), args.get("basis", "pca"), run["n_components"] or 0,
-            args.get("params_end", 0), args.get("params_step", 1), args.get("samples_per_epoch") or 1, run["seed"],
-            str(run["directory"]))
+            args.get("params_end", 0), args.get("params_step", 1), args.get("samples_per_epoch") or 1, run["seed"])
 
 
 def unfinished(directories):
@@ -127,81 +120,79 @@ def unfinished(directories):
     return lines
 
 
+# --------------------------------------------------------------------------------------------------- groups and names
+
+
 def method(run):
     """SGD, Adam, P-BFGS or P-SGD."""
     return "Adam" if run["args"].get("optimizer") == "adam" else METHODS[run["method"]]
 
 
 def label(run):
-    """The method, and in brackets another basis than the principal directions, another start than the first."""
-    basis, start = run["args"].get("basis", "pca"), run["args"].get("start", "first")
-    extra = [plots.short(basis)] * (basis != "pca") + [f"from the {start}"] * (start != "first")
+    """The method, and in brackets pretrained weights, another basis than the principal directions, another start."""
+    args = run["args"]
+    basis, start = args.get("basis", "pca"), args.get("start", "first")
+    extra = (["pretrained"] * bool(args.get("pretrained")) + [plots.short(basis)] * (basis != "pca")
+             + [f"from the {start}"] * (start != "first"))
     return method(run) + (f" ({', '.join(extra)})" if extra else "")
 
 
 def snapshots(run):
-    """The snapshots that a run sampled or used, in words."""
+    """The window of a subspace run, in words; "" for SGD."""
     if run["method"] == "sgd":
-        return f"{run['args'].get('samples_per_epoch') or 1} snapshots an epoch"
+        return ""
     used = window(run)
     return f"snapshots {used[0]} to {used[-1]}" + (f" in steps of {used.step}" if used.step > 1 else "")
 
 
-def settings(runs, *keys):
-    """Lists of the runs of one data set, network and value of `keys`, each with what varies of these for file names."""
-    found, keys = {}, ("dataset", "arch", *keys)
-    for run in runs:
-        found.setdefault(tuple(run[key] for key in keys), []).append(run)
-    for values, group in found.items():
-        texts = [f"_noise{100 * value:g}" if key == "corrupt" else f"_{value}" for key, value, column
-                 in zip(keys, values, zip(*found, strict=True), strict=True) if len(set(column)) > 1]
-        yield re.sub(r"\W+", "-", "".join(texts)), group
-
-
-def unlike(without=()):
-    """Names of the arguments in which runs of one group may differ: the seed, where they are, and `without`."""
-    return {"randomseed", "save_dir", *utils.changeable_flags(), *without}
-
-
-def grouped(runs, *without):
-    """Lists of the runs that differ in their seed only, and in the arguments `without`."""
+def grouped(runs, key):
+    """{key(run): list of runs}, in the order of the first of each."""
     groups = {}
     for run in runs:
-        args = {"start": "first"} if run["method"] != "sgd" else {}  # what runs from before this flag mean
-        args |= {key: value for key, value in run["args"].items() if key not in unlike(without)}
+        groups.setdefault(key(run), []).append(run)
+    return groups
+
+
+def by_figure(runs, noise=True):
+    """(end of file names, runs) of each data set, network and, with `noise`, label noise; a name tells what varies."""
+    groups = grouped(runs, lambda run: (run["dataset"], run["arch"], f"noise{100 * run['corrupt']:g}" if noise else ""))
+    varies = [len(set(column)) > 1 for column in zip(*groups, strict=True)]
+    for names, group in groups.items():
+        yield re.sub(r"\W+", "-", "".join(f"_{name}" for name in compress(names, varies))), group
+
+
+def setting(run, x=None):
+    """{what: text} of all that makes a run another experiment: not the seed, nor argument `x`, which an axis tells."""
+    args, k = run["args"], run["n_components"]  # where the flag is a share of the variance, k differs by seed
+    ignored = {"randomseed", "save_dir", "n_components", x, *utils.changeable_flags()}
+    return {"k": f"k = {k}" if k and x != "n_components" else "", "snapshots": snapshots(run),
+            "images": f"{100 * (args.get('smalldatasets') or 1):g}% of the images", "epochs": f"epochs {run['epochs']}",
+            **{key: f"{key} {args[key]}".replace("_", " ") for key in sorted(args) if key not in ignored}}
+
+
+def named(runs, x=None):
+    """`plots.Line`s of the runs that differ in their seed only, or in the argument `x` too; no two of one name."""
+    def experiment(run):
         data = {**run.get("data", {}), "labels": None}  # noisy ones differ by seed
-        if "n_components" not in without:  # the flag may be a share of the variance, which is another k in each seed
-            args["n_components"] = run["n_components"]
-        key = json.dumps([run["method"], run["epochs"], args, data, run.get("sampling")], sort_keys=True)
-        groups.setdefault(key, []).append(run)
-    return list(groups.values())
+        return json.dumps([run["method"], setting(run, x), data, run.get("sampling")], sort_keys=True)
+
+    groups = list(grouped(runs, experiment).values())
+    names = distinct([label(group[0]) for group in groups], [setting(group[0], x) for group in groups])
+    return [plots.Line(name, method(group[0]), group) for name, group in zip(names, groups, strict=True)]
 
 
-def named(runs, *without):
-    """The groups of `grouped` as `plots.Line`s, no two of one name: the method, and in what it differs from others."""
-    groups = grouped(runs, *without)
-    first = [group[0] for group in groups]
-    labels = list(map(label, first))
-    names = list(labels)
-
-    def tell(alike, text):  # where it differs among those of the same entry in `alike`
-        texts = list(map(text, first))
-        for i, kind in enumerate(alike):
-            if len({t for t, other in zip(texts, alike, strict=True) if other == kind}) > 1:
-                names[i] += f", {texts[i]}" if texts[i] else ""
-
-    if "n_components" not in without:
-        tell(labels, lambda run: f"k = {run['n_components']}")
-    tell(labels, snapshots)
-    tell([None] * len(names), lambda run: f"{100 * (run['args'].get('smalldatasets') or 1):g}% of the images")
-    tell(labels, lambda run: "pretrained" if run["args"].get("pretrained") else "")
-    for key in ["epochs", *sorted(set().union(*(run["args"] for run in first)) - unlike(without))]:
-        tell(list(names), lambda run, key=key: f"{key} {run['args'].get(key)}".replace("_", " "))
-    return [plots.Line(name, method(group[0]), group) for name, group in zip(numbered(names), groups, strict=True)]
-
-
-def numbered(names):
-    """The names, with a number behind those that are there more than once."""
+def distinct(names, settings):
+    """The names, each with what tells it from others: of its setting k, snapshots and images where any two settings
+    differ in these, anything else where names are the same so far; and where nothing differs, a number."""
+    for key in dict.fromkeys(chain(*settings)):
+        texts = [own.get(key, "") for own in settings]
+        pairs = list(zip(names, texts, strict=True))
+        if key in ("k", "snapshots", "images"):
+            told = names if len({*texts} - {""}) > 1 else []
+        else:
+            of_each_text = [name for name, _ in set(pairs)]
+            told = [name for name in names if of_each_text.count(name) > 1]
+        names = [f"{name}, {text}" if text and name in told else name for name, text in pairs]
     return [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
@@ -209,28 +200,17 @@ def numbered(names):
 
 
 def mean(runs, key):
-    """Mean of summary[key] over the runs, ± the standard deviation where there are several; a dash for no epochs."""
-    if None in [run[key] for run in runs]:
-        return "-"
-    average, deviation = plots.spread([run[key] for run in runs])
-    return f"{average:.2f}" + (f" ± {deviation:.2f}" if len(runs) > 1 else "")
-
-
-# what the published runs have in common, and their schedules
-PUBLISHED = {"momentum": 0.9, "weight_decay": 1e-4, "accumulate": 1, "half": False, "smalldatasets": None, "alpha": 0.0,
-             "samples_per_epoch": 1, "start_epoch": 0, "snapshot_dtype": "float32", "pretrained": False,
-             "allow_mismatch": []}
-MILESTONES = {("sgd", "CIFAR10"): [100, 150], ("sgd", "CIFAR100"): [150], ("psgd", "CIFAR10"): [30, 50]}
+    """Mean ± standard deviation of summary[key] over the runs; a dash for no epochs."""
+    values = [run[key] for run in runs]
+    return "-" if None in values else plots.plus_minus(values)
 
 
 def on_record(run):
     """The reference result (results/targets.json) of the run's setting; None unless all that matters agrees."""
-    values = {**run["args"], **run, "label": label(run), "processes": run["hardware"].get("processes", 1)}
-    wanted = {**PUBLISHED, "processes": 1, "milestones": MILESTONES.get((run["method"], run["dataset"]))}
-    for target in load_json(TARGETS)["targets"]:
-        own = {key: value for key, value in target.items() if key not in ("table", "source", "last", "best")}
-        if all(values.get(key) == value if key in own else values.get(key, value) == value
-               for key, value in {**wanted, **own}.items()):
+    record = load_json(TARGETS)
+    values = {**record["common"], **run["hardware"], **run["args"], **run, "label": label(run)}
+    for target in record["targets"]:
+        if all(values.get(key) == value for key, value in {**record["common"], **target["setting"]}.items()):
             return target
     return None
 
@@ -240,21 +220,23 @@ def compared(group):
     target, values = on_record(group[0]), [run["test_accuracy_last"] for run in group]
     if target is None or None in values:
         return "-", "-"
-    difference = round(statistics.fmean(values) - target["last"], 2)
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    remark = " (one seed)" if spread is None else " (beyond the spread)" if abs(difference) > spread else ""
+    average, deviation = plots.spread(values)
+    difference = round(average - target["last"], 2)
+    remark = " (one seed)" if len(values) == 1 else " (beyond the spread)" if abs(difference) > deviation else ""
     return f"{target['last']:.2f} [{target['source']}]", f"{difference:+.2f}{remark}"
 
 
-def uneven(runs):
-    """{method: (least, most)} seconds of an epoch, for methods with epochs that took over twice the median.
-
-    Something else ran beside them, or they ran on different machines. The first epoch of a run may be a warm-up.
-    """
-    epochs = {}
-    for run in runs:
-        epochs.setdefault(method(run), []).extend(line["seconds"] for line in run["log"][1:])
-    return {name: (min(s), max(s)) for name, s in epochs.items() if s and max(s) > 2 * statistics.median(s)}
+def untimed(runs):
+    """Why the seconds of these runs are no measure, or ""."""
+    if None in [run["sampling_seconds"] for run in runs]:
+        return "the SGD run that sampled is not, or not alone, among these"
+    if len({tuple(run["hardware"].get(key) for key in ("device", "gpu", "cpu", "threads")) for run in runs}) > 1:
+        return "the runs were made on different hardware"
+    epochs = {name: [line["seconds"] for run in group for line in run["log"][1:]]  # a first one may be a warm-up
+              for name, group in grouped(runs, method).items()}
+    texts = [f"{min(s):,.0f} to {max(s):,.0f} s ({name})" for name, s in epochs.items()
+             if s and max(s) > 2 * statistics.median(s)]  # other work ran beside them
+    return f"epochs took {', '.join(texts)}" if texts else ""
 
 
 def seconds(group):
@@ -266,55 +248,58 @@ def seconds(group):
     return f"{own + statistics.fmean(sampled):,.0f}" + (f" ({statistics.fmean(sampled):,.0f})" if any(sampled) else "")
 
 
-HEADER = ("run", "method", "seeds", "parameters trained", "epochs (+ sampling)", "test accuracy, last (%)", "best (%)",
-          "best epoch", "reference, last (%)", "difference", "training accuracy, last (%)", "seconds (sampling)")
-NOTES = {"": "Seconds: of training and the basis, without evaluation. They include those of sampling, in brackets: "
-             "SGD's up to the last snapshot of the window.",
-         "?": "?: the run that sampled is not among these.",
-         "*": "*: no measure of speed, since some epochs of this method took over twice as long as others."}
-
-
 def rows(runs):
-    """Cells of the table, its header first, without columns of dashes only; and its footnotes."""
-    cells = [HEADER]
-    for _, those in settings(runs, "corrupt"):
-        marked = uneven(those).keys()
-        for name, kind, group in named(those):
+    """Rows of the table, {column: cell}, without columns of dashes only; and its footnotes."""
+    found, notes = [], ["Seconds: of training and the basis, without evaluation. They include those of sampling, in "
+                        "brackets: SGD's up to the last snapshot of the window."]
+    for _, those in by_figure(runs):
+        reason = untimed(those)
+        for name, _, group in named(those):
             run, seeds = group[0], sorted(run["seed"] for run in group)
             if len(set(seeds)) < len(seeds):
                 distributed.note(f"a seed twice in one row: {', '.join(str(run['directory']) for run in group)}")
-            cells.append((
-                plots.in_words(run["args"], run.get("data")), name, ", ".join(map(str, seeds)),
-                f"{run['parameters_trained']:,}",
-                f"{run['epochs']}" + (f" (+ {math.ceil(run['window'][1])})" if run["window"] else ""),
-                mean(group, "test_accuracy_last"), mean(group, "test_accuracy_best"),
-                ", ".join(str(run["best_epoch"] or "-") for run in group), *compared(group),
-                mean(group, "train_accuracy_last"),
-                seconds(group) + "*" * (kind in marked or bool(run["sampling_seconds"] and {"SGD", "Adam"} & marked))))
-    kept = [i for i, column in enumerate(zip(*cells[1:], strict=True)) if set(column) != {"-"}]
-    notes = [text for mark, text in NOTES.items() if any(mark in row[-1] for row in cells[1:])]
-    return [[row[i] for i in kept] for row in cells], notes
+            sampled = f" (+ {math.ceil(run['window'][1])})" if run["window"] else ""
+            reference, difference = compared(group)
+            found.append({
+                "run": plots.in_words(run["args"], run.get("data")),
+                "method": name,
+                "seeds": ", ".join(map(str, seeds)),
+                "parameters trained": f"{run['parameters_trained']:,}",
+                "epochs (+ sampling)": f"{run['epochs']}{sampled}",
+                "test accuracy, last (%)": mean(group, "test_accuracy_last"),
+                "best (%)": mean(group, "test_accuracy_best"),
+                "best epoch": ", ".join(str(run["best_epoch"] or "-") for run in group),
+                "reference, last (%)": reference,
+                "difference": difference,
+                "training accuracy, last (%)": mean(group, "train_accuracy_last"),
+                "seconds (sampling)": seconds(group) + "*" * bool(reason)})
+        if reason:
+            notes.append(f"*: no measure of speed ({found[-1]['run']}): {reason}.")
+    kept = [name for name in found[0] if {row[name] for row in found} != {"-"}]
+    return [{name: row[name] for name in kept} for row in found], notes
 
 
 def table(runs):
     """The table as Markdown."""
-    (header, *body), notes = rows(runs)
-    lines = [header, ["---" if name in HEADER[:3] else "--:" for name in header], *body]
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *notes]).replace("*", "\\*") + "\n"
+    body, notes = rows(runs)
+    rule = ["---" if name in ("run", "method", "seeds") else "--:" for name in body[0]]
+    lines = [f"| {' | '.join(cells)} |" for cells in (body[0], rule, *(row.values() for row in body))]
+    return "\n".join([*lines, "", *notes]).replace("*", "\\*") + "\n"
 
 
 def console(runs, width=100):
     """The table for a terminal of `width` columns: without the least telling, data set and network above their rows."""
-    cells, notes = rows(runs)
-    shown = [i for i, name in enumerate(cells[0]) if name not in ("run", "best epoch", "training accuracy, last (%)")]
-    widths = [max(map(len, [*cells[0][i].split(), *(row[i] for row in cells[1:])])) for i in shown]
+    body, notes = rows(runs)
+    shown = [name for name in body[0] if name not in ("run", "best epoch", "training accuracy, last (%)")]
+    widths = [max(map(len, [*name.split(), *(row[name] for row in body)])) for name in shown]
     while sum(widths) + 2 * len(widths) - 2 > width:
         widths[widths.index(max(widths))] -= 1
-    lines, above = [], cells[0][0]
-    for row in cells:
-        lines += [] if row[0] == above else ["", *textwrap.wrap(row[0], width)]
-        above = row[0]
-        for parts in zip_longest(*(textwrap.wrap(row[i], w) for i, w in zip(shown, widths, strict=True)), fillvalue=""):
+    lines, above = [], "run"
+    for row in [{name: name for name in body[0]}, *body]:
+        lines += [] if row["run"] == above else ["", *textwrap.wrap(row["run"], width)]
+        above = row["run"]
+        wrapped = [textwrap.wrap(row[name], w) for name, w in zip(shown, widths, strict=True)]
+        for parts in zip_longest(*wrapped, fillvalue=""):
             lines.append("  ".join([parts[0].ljust(widths[0]), *map(str.rjust, parts[1:], widths[1:])]).rstrip())
     return "\n".join([*lines, "", *(textwrap.fill(note, width) for note in notes)]) + "\n"
 
@@ -325,73 +310,63 @@ COLUMNS = ("method", "dataset", "arch", "seed", "corrupt", "parameters", "parame
 
 def comma_separated(runs):
     """The runs as CSV, a line each: COLUMNS, the shares that the basis explains, seconds by stage, the command."""
+    lines = [{**{key: run[key] for key in COLUMNS}, "label": label(run),
+              "target_last": (on_record(run) or {}).get("last"),
+              "explained_variance": (run["explained_variance"] or {}).get("total"),
+              **{f"seconds_{stage}": value for stage, value in run["seconds"].items()}, "command": run["command"]}
+             for run in runs]
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    stages = list(runs[0]["seconds"])
-    writer.writerow([*COLUMNS, "label", "target_last", "explained_variance",
-                     *(f"seconds_{stage}" for stage in stages), "command"])
-    for run in runs:
-        explained = (run["explained_variance"] or {}).get("total")
-        writer.writerow([*(run[key] for key in COLUMNS), label(run), (on_record(run) or {}).get("last"), explained,
-                         *(run["seconds"][stage] for stage in stages), run["command"]])
+    writer = csv.DictWriter(text, lines[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return text.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def bases(runs):
-    """Lines of the runs of one basis and window, a run for each seed: the largest k, whose directions are all's."""
-    found = {}
-    shown = [run for run in runs if (run["explained_variance"] or {}).get("total")]  # none of a window of one snapshot
-    for run in sorted(shown, key=lambda run: -run["n_components"]):
+def bases(lines):
+    """Of the lines of each basis and window the one of the largest k, which has all directions; named by basis."""
+    def kind(line):
+        run = line.runs[0]
         basis = run["args"].get("basis", "pca")
-        kind = BASES.get(basis, plots.short(basis)), snapshots(run), json.dumps(run.get("sampling"))
-        seeds = found.setdefault(kind, {})
-        if run["n_components"] == next(iter(seeds.values()), run)["n_components"]:
-            seeds.setdefault(run["seed"], run)
-    several = len({used for _, used, _ in found}) > 1
-    names = numbered([f"{basis}, {used}" if several else basis for basis, used, _ in found])
-    return [plots.Line(name, None, list(seeds.values())) for name, seeds in zip(names, found.values(), strict=True)]
+        return BASES.get(basis, plots.short(basis)), snapshots(run), json.dumps(run.get("sampling"))
+
+    shown = [line for line in lines if (line.runs[0]["explained_variance"] or {}).get("total")]  # not of one snapshot
+    groups = grouped(shown, kind)
+    names = distinct([basis for basis, _, _ in groups], [{"snapshots": used} for _, used, _ in groups])
+    return [max(group, key=lambda line: line.runs[0]["n_components"])._replace(name=name)
+            for name, group in zip(names, groups.values(), strict=True)]
 
 
-def title(message, runs, but=""):
-    """Message and setting, without argument `but`; k and window if all subspaces have the same; what a band is."""
-    if len({run["args"].get("smalldatasets") for run in runs}) > 1:  # the names of the lines tell it
-        runs = [{**run, "args": {**run["args"], "smalldatasets": None}} for run in runs]
-    where = sorted({plots.in_words({**run["args"], but: None}, run.get("data")) for run in runs})
+def title(message, lines):
+    """Message; setting, but for what lines or axes tell; k and window if all subspaces share them; what a band is."""
+    runs = [run for line in lines for run in line.runs]
+    told = {key: None for key in ("smalldatasets", "corrupt") if len({run["args"].get(key) for run in runs}) > 1}
+    where = sorted({plots.in_words({**run["args"], **told}, run.get("data")) for run in runs})
     spaces = {f"subspace of {k} dimensions, {snapshots(run)}; " for run in runs if (k := run["n_components"])}
-    seeds = sorted({len({run["seed"] for run in group}) for group in grouped(runs)})
-    spread = f"mean ± one standard deviation of {' to '.join(map(str, seeds))} seeds" if seeds[-1] > 1 else "one seed"
+    seeds = sorted({len({run["seed"] for run in line.runs}) for line in named(runs)})
+    several = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
+    spread = f"mean ± one standard deviation of {several} seeds" if seeds[-1] > 1 else "one seed"
     return f"{message}: {' and '.join(where)}\n{spaces.pop() if len(spaces) == 1 else ''}{spread}"
-
-
-def untimed(runs):
-    """Why a figure has no panel of seconds, or ""."""
-    if None in [run["sampling_seconds"] for run in runs]:
-        return "not against seconds: the log of the SGD run that sampled is not among these runs"
-    if len({tuple(run["hardware"].get(key) for key in ("device", "gpu", "cpu", "threads")) for run in runs}) > 1:
-        return "not against seconds: the runs were made on different hardware"
-    texts = [f"{least:,.0f} to {most:,.0f} s ({name})" for name, (least, most) in uneven(runs).items()]
-    return f"not against seconds, which are no measure: epochs took {', '.join(texts)}" if texts else ""
 
 
 def draw(runs, directory, kind, trajectories=()):
     """Write the figures that the runs have data for; returns their paths."""
     made, runs = {}, [run for run in runs if run["log"]]
-    for suffix, those in settings(runs, "corrupt"):
+    for suffix, those in by_figure(runs):
         lines, by_k = named(those), named(those, "n_components")
-        made["accuracy" + suffix] = plots.accuracy(lines, title("Test accuracy", those), untimed(those))
-        if spaces := bases(those):
-            made["variance" + suffix] = plots.variance(spaces, title("Variance of the snapshots", those))
+        made["accuracy" + suffix] = plots.accuracy(lines, title("Test accuracy", lines), untimed(those))
+        if spaces := bases(lines):
+            made["variance" + suffix] = plots.variance(spaces, title("Variance of the snapshots", spaces))
         if any(len({run["n_components"] for run in line.runs}) > 2 for line in by_k):
-            made["dimensions" + suffix] = plots.dimensions(by_k, title("Test accuracy by dimension", those))
+            made["dimensions" + suffix] = plots.dimensions(by_k, title("Test accuracy by dimension", by_k))
         if searches := [line for line in lines if line.method == "P-BFGS"]:
-            theirs = [run for line in searches for run in line.runs]
-            made["trials" + suffix] = plots.trials(searches, title("Line search of P-BFGS", theirs))
-    for suffix, those in settings(runs):
+            made["trials" + suffix] = plots.trials(searches, title("Line search of P-BFGS", searches))
+    for suffix, those in by_figure(runs, noise=False):
         if len({run["corrupt"] for run in those}) > 1:
-            made["noise" + suffix] = plots.noise(named(those, "corrupt"), title("Label noise", those, "corrupt"))
+            lines = named(those, "corrupt")
+            made["noise" + suffix] = plots.noise(lines, title("Label noise", lines))
     made |= {f"trajectory_{path.parent.name}": plots.plane(load_json(path)) for path in trajectories}
     return [write_atomically(directory / f"{name}.{kind}", plots.image(fig, kind)) for name, fig in made.items()]
 
@@ -407,9 +382,6 @@ def main(args):
         write_atomically(Path(args.csv), comma_separated(runs).encode())
     if args.figures:
         trajectories = sorted(path for top in args.directories for path in Path(top).rglob("trajectory.json"))
-        for path in [path for path in trajectories if "losses" not in load_json(path)]:
-            print(f"not drawn: {path} holds no losses; trajectory.py of this version writes them")
-            trajectories.remove(path)
         for path in draw(runs, Path(args.figures), args.format, trajectories):
             print(f"figure: {path}")
 

@@ -13,17 +13,20 @@ Example:
       --runs runs/quick --json runs/quick/trajectory.json --figure runs/quick/trajectory.png
 """
 import json
+import math
 import re
-from itertools import count, takewhile
+from itertools import count, islice, takewhile
 from pathlib import Path
 
 import packages  # noqa: F401 - first: it says what is missing
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
+import plots
 import utils
 from dldr import distributed, engine
 from dldr.checkpoint import command_line, provenance
@@ -31,26 +34,21 @@ from dldr.errors import UserError
 from dldr.files import load_json, save_json, write_atomically
 from dldr.snapshots import load_window, read_snapshot, snapshot_paths
 from dldr.subspace import flat_parameters, pca_basis
-from plots import image, plane
 
 GRID = 25  # points a side of the loss surface
 
 
 def parse_args(argv=None):
     parser = utils.Parser(__doc__)
-    groups = {
-        "subspace": (("--n_components", utils.components, 40), ("--params_start", utils.natural, 0),
-                     ("--params_end", utils.natural, 51), ("--params_step", utils.count, 1)),
-        "data and network": (("--datasets", str, "CIFAR10"), ("--data", utils.folder, utils.data_directory()),
-                             ("--arch", str, "resnet32"),
-                             ("--smalldatasets", utils.fraction, None), ("--corrupt", utils.fraction, 0.0),
-                             ("--randomseed", utils.seed, 1), ("--batch-size", utils.count, 128)),
-        "output": (), "machine": (("--device", str, "auto"),)}
-    for title, flags in groups.items():
-        group = groups[title] = parser.add_argument_group(title)
-        for flag, kind, default in flags:
-            group.add_argument(flag, type=kind, default=default, metavar="X", help="as in train_psgd.py")
-    output = groups["output"].add_argument
+    same = parser.add_argument_group("data, network, basis and device").add_argument
+    for flag, kind, default in (
+            ("--n_components", utils.components, 40), ("--params_start", utils.natural, 0),
+            ("--params_end", utils.natural, 51), ("--params_step", utils.count, 1), ("--datasets", str, "CIFAR10"),
+            ("--data", utils.folder, utils.data_directory()), ("--arch", str, "resnet32"),
+            ("--smalldatasets", utils.fraction, None), ("--corrupt", utils.fraction, 0.0),
+            ("--randomseed", utils.seed, 1), ("--batch-size", utils.count, 128), ("--device", str, "auto")):
+        same(flag, type=kind, default=default, metavar="X", help="as in train_psgd.py")
+    output = parser.add_argument_group("what is measured and written").add_argument
     output("--save-dir", type=utils.folder, required=True, metavar="DIR", help="where the snapshots lie")
     output("--runs", nargs="*", default=[], metavar="DIR", help="directories of P-SGD and P-BFGS runs")
     output("--samples", type=utils.count, default=2000, metavar="N", help="training samples of the loss surface")
@@ -80,14 +78,14 @@ def snapshots(args):
 
 
 @torch.no_grad()
-def surface(model, w, at, P, axes, batches):
-    """Losses (len(axes[1]), len(axes[0])) in train mode over the plane of the first two components that holds `at`."""
+def surface(model, w, start, at, plane, axes, batches):
+    """Losses (len(axes[1]), len(axes[0])) in train mode over the plane (2, D) that holds `at`, as seen from `start`."""
     model.train()
-    losses = torch.zeros(len(axes[1]), len(axes[0]), dtype=torch.float64)
-    origin = at - P[:2].T @ (P[:2] @ at)  # the plane's point at coordinates 0, 0, but for where training starts
+    losses = np.zeros((len(axes[1]), len(axes[0])))
+    origin = at - plane.T @ (plane @ (at - start))
     for i, b in enumerate(tqdm(axes[1], "loss surface", leave=False, disable=None)):
         for j, a in enumerate(axes[0]):
-            w.copy_(origin + a * P[0] + b * P[1])
+            w.copy_(origin + a * plane[0] + b * plane[1])
             losses[i, j] = sum(float(F.cross_entropy(model(x), y)) * len(y) for x, y in batches)
     return losses / sum(len(y) for _, y in batches)
 
@@ -104,51 +102,52 @@ def main(args):
     utils.check_sampling(args, data)
     utils.check_snapshots(every)
     window = load_window(paths, model, device)
-    wide, explained = pca_basis(window, args.n_components)
-    k = len(explained)
-    if k < 2:  # the picture needs two
-        wide, explained = pca_basis(window, 2)
-    P, explained = wide[:k], explained[:k]
+    P, explained = pca_basis(window, args.n_components)
+    k = len(P)
+    plane = P[:2] if k > 1 else pca_basis(window, 2)[0]
     w = flat_parameters(model)
     start = w.clone()
 
-    path, distances = [], []  # theta (k,) of each snapshot; how far it is from the start, and from the subspace
+    path, from_start, from_subspace = [], [], []
     for file in tqdm(every, "snapshots", leave=False, disable=None):
-        state, _ = read_snapshot(file, model)
-        model.load_state_dict(state)
+        model.load_state_dict(read_snapshot(file, model)[0])
         step = w - start
-        path.append(wide @ step)
-        distances.append((float(step.norm()), float((step - P.T @ path[-1][:k]).norm())))
-    accuracy = {"last_snapshot": engine.evaluate(model, data.test.epoch(0))["accuracy"]}
-    w.copy_(start + P.T @ path[-1][:k])
-    accuracy["projected"] = engine.evaluate(model, data.test.epoch(0))["accuracy"]
-    update_bn(data.train.epoch(0), model)
-    accuracy["projected_own_statistics"] = engine.evaluate(model, data.test.epoch(0))["accuracy"]
+        inside = P.T @ (P @ step)
+        path.append((plane @ step).tolist())
+        from_start.append(float(step.norm()))
+        from_subspace.append(float((step - inside).norm()))
 
-    result = {"snapshots": [args.params_start, last], "k": k, "explained_variance": sum(explained),
-              "accuracy": accuracy, "distance_from_start": [d for d, _ in distances],
-              "distance_from_subspace": [d for _, d in distances],
-              "args": vars(args), "command": command_line(), **provenance(device)}
-    far, outside = distances[-1]
-    print(f"snapshot {last} is {far:.2f} from the start and {outside:.2f} from the {k} dimensions "
-          f"({100 * outside / far:.0f}%)")
-    print(f"test accuracy: {accuracy['last_snapshot']:.2f}%; projected {accuracy['projected']:.2f}%, with its own "
-          f"batch-norm statistics {accuracy['projected_own_statistics']:.2f}%")
-    lines = {"sgd": [[theta[:2].tolist() for theta in path]]}
+    def accuracy():
+        return engine.evaluate(model, data.test.epoch(0))["accuracy"]
+
+    accuracies = {"last_snapshot": accuracy()}
+    w.copy_(start + inside)
+    accuracies["projected"] = accuracy()
+    update_bn(data.train.epoch(0), model)
+    accuracies["projected_own_statistics"] = accuracy()
+    print(f"snapshot {last} is {from_start[-1]:.2f} from the start and {from_subspace[-1]:.2f} from the {k} dimensions "
+          f"({100 * from_subspace[-1] / from_start[-1]:.0f}%)")
+    print(f"test accuracy: {accuracies['last_snapshot']:.2f}%; projected {accuracies['projected']:.2f}%, with its own "
+          f"batch-norm statistics {accuracies['projected_own_statistics']:.2f}%")
+
+    lines = {"sgd": [path]}
     for method in ("psgd", "pbfgs"):
         lines[method] = [read_path(file) for directory in args.runs
                          for file in sorted(Path(directory).rglob(f"{method}_log.jsonl"))]
-    xy = torch.tensor([point for group in lines.values() for line in group for point in line])
-    margin = 0.15 * (xy.amax(0) - xy.amin(0)) + 1e-6
-    axes = [torch.linspace(float(xy[:, i].min() - margin[i]), float(xy[:, i].max() + margin[i]), GRID) for i in (0, 1)]
-    losses = surface(model, w, start + P.T @ path[-1][:k], wide,
-                     [axis + float(wide[i] @ start) for i, axis in enumerate(axes)],
-                     held(data.train.epoch(0), args.samples))
-    result |= {"paths": lines, "axes": [axis.tolist() for axis in axes], "losses": losses.tolist()}
+    points = np.array([point for group in lines.values() for line in group for point in line])
+    low, high = points.min(axis=0), points.max(axis=0)
+    margin = 0.15 * (high - low) + 1e-6
+    axes = np.linspace(low - margin, high + margin, GRID, axis=1).tolist()
+    batches = list(islice(data.train.epoch(0), math.ceil(args.samples / args.batch_size)))
+    losses = surface(model, w, start, start + inside, plane, axes, batches)
+    result = {"snapshots": [args.params_start, last], "k": k, "explained_variance": sum(explained),
+              "accuracy": accuracies, "distance_from_start": from_start, "distance_from_subspace": from_subspace,
+              "args": vars(args), "command": command_line(), **provenance(device),
+              "paths": lines, "axes": axes, "losses": losses.tolist()}
     if args.json:
         save_json(Path(args.json), result)
     if args.figure:
-        write_atomically(Path(args.figure), image(plane(result)))
+        write_atomically(Path(args.figure), plots.image(plots.plane(result)))
         print(f"figure: {args.figure}")
     return result
 
@@ -162,17 +161,6 @@ def read_path(file):
         raise UserError(f"--runs: {file} has no theta in the principal directions from the window's first snapshot "
                         f"(--basis {found[0]}, --start {found[1]})")
     return [[0.0, 0.0], *([*line["theta"], 0.0][:2] for line in lines)]
-
-
-def held(batches, samples):
-    """The first batches, together at least `samples` images."""
-    kept, total = [], 0
-    for x, y in batches:
-        kept.append((x, y))
-        total += len(y)
-        if total >= samples:
-            break
-    return kept
 
 
 if __name__ == "__main__":

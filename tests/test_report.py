@@ -34,11 +34,10 @@ def changed(run, **values):
             "args": {**args, "randomseed": values.get("seed", args["randomseed"])}}
 
 
-def test_table_csv_and_figures(runs, tmp_path, capsys):
-    report.main(report.parse_args([str(runs), "--table", str(tmp_path / "t.md"), "--csv", str(tmp_path / "t.csv"),
-                                   "--figures", str(tmp_path)]))
+def test_table_and_csv(runs, tmp_path, capsys):
+    report.main(report.parse_args([str(runs), "--table", str(tmp_path / "t.md"), "--csv", str(tmp_path / "t.csv")]))
     printed = capsys.readouterr().out
-    assert max(map(len, printed.split("figure:")[0].splitlines())) <= 100 and "|" not in printed
+    assert max(map(len, printed.splitlines())) <= 100 and "|" not in printed
     header, rule, *body = [[cell.strip() for cell in line.split("|")[1:-1]]
                            for line in (tmp_path / "t.md").read_text().splitlines() if line.startswith("|")]
     sgd, psgd = (dict(zip(header, row, strict=True)) for row in body)
@@ -57,11 +56,6 @@ def test_table_csv_and_figures(runs, tmp_path, capsys):
     assert [row["label"] for row in rows] == ["SGD", "P-SGD"]
     assert float(rows[1]["test_accuracy_last"]) == made["psgd"]["test_accuracy_last"]
     assert float(rows[1]["explained_variance"]) == made["psgd"]["explained_variance"]["total"]
-    drawn = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
-    assert set(drawn) == {"accuracy.png", "variance.png"}  # one k, no noise, no P-BFGS: nothing to draw of those
-    assert all(content.startswith(b"\x89PNG") for content in drawn.values())
-    report.main(report.parse_args([str(runs), "--figures", str(tmp_path)]))
-    assert drawn == {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
 
 
 @pytest.fixture
@@ -96,7 +90,7 @@ def test_figures_show_the_numbers_of_their_runs(many):
     (ax,) = plots.noise(report.named(many, "corrupt"), "title").axes
     names = [bar.get_label() for bar in ax.containers]
     assert names == ["SGD, last epoch", "SGD, best epoch", "P-SGD, k = 3, last epoch", "P-SGD, k = 6, last epoch",
-                     "P-SGD, k = 9, last epoch", "P-BFGS, last epoch"]
+                     "P-SGD, k = 9, last epoch", "P-BFGS, k = 9, last epoch"]
     assert [list(bar[0].get_ydata()) for bar in ax.containers[:2]] == [[91.5, 71.5], [95, 95]]
 
     searches = [line for line in report.named(clean) if line.method == "P-BFGS"]
@@ -104,7 +98,9 @@ def test_figures_show_the_numbers_of_their_runs(many):
     assert list(count.get_lines()[0].get_ydata()) == [1.5, 2.5] and list(first.get_lines()[0].get_ydata()) == [91.5] * 2
     band = count.collections[0].get_datalim(count.transData)
     assert (band.y0, band.y1) == (pytest.approx(1.5 - 0.5**0.5), pytest.approx(2.5 + 0.5**0.5))
-    each, total = plots.variance(report.bases(clean), "title").axes
+    (space,) = report.bases(report.named(clean))
+    assert [run["n_components"] for run in space.runs] == [9, 9]
+    each, total = plots.variance([space], "title").axes
     shares = clean[1]["explained_variance"]["per_component"]
     assert list(each.get_lines()[0].get_ydata()) == pytest.approx([100 * share for share in shares])
     assert total.get_lines()[0].get_ydata()[-1] == pytest.approx(100 * sum(shares))
@@ -173,13 +169,14 @@ def test_the_loss_surface_marks_start_and_ends_and_says_what_is_projected():
 def test_lines_of_one_name_are_told_apart(runs):
     """By what differs, however unusual; and where nothing that was recorded does, by a number."""
     sgd, psgd = report.find_runs([runs])
-    made = [sgd, changed(sgd, lr=0.5), psgd, changed(psgd, params_end=5), changed(psgd, params_end=5, n_components=2),
-            {**psgd, "data": {**psgd["data"], "content": "0"}}]
+    made = [sgd, changed(sgd, lr=0.5), changed(sgd, pretrained="a.pt"), psgd, changed(psgd, params_end=5),
+            changed(psgd, params_end=5, n_components=2), {**psgd, "data": {**psgd["data"], "content": "0"}}]
     assert [line.name for line in report.named(made)] == [
-        f"SGD, lr {sgd['args']['lr']}", "SGD, lr 0.5", "P-SGD, k = 3, snapshots 0 to 5 (1)",
+        f"SGD, lr {sgd['args']['lr']}", "SGD, lr 0.5", "SGD (pretrained)", "P-SGD, k = 3, snapshots 0 to 5 (1)",
         "P-SGD, k = 3, snapshots 0 to 4", "P-SGD, k = 2, snapshots 0 to 4", "P-SGD, k = 3, snapshots 0 to 5 (2)"]
     sampled = [{**psgd, "sampling": {**psgd["sampling"], "optimizer": optimizer}} for optimizer in ("sgd", "adam")]
-    assert [line.name for line in report.bases(sampled)] == ["principal directions (1)", "principal directions (2)"]
+    lines = report.bases(report.named(sampled))
+    assert [line.name for line in lines] == ["principal directions (1)", "principal directions (2)"]
     text = report.console([changed(psgd, arch="a/very/long/path.py:" + "network" * 20, lr=i) for i in range(12)])
     assert max(map(len, text.splitlines())) <= 100
 
@@ -198,27 +195,29 @@ def test_seconds_that_are_no_measure_are_not_drawn(runs, tmp_path):
     assert report.untimed(steady) == ""
     steady[0]["log"][3]["seconds"] = 5.0
     assert "2 to 5 s (SGD)" in report.untimed(steady)
-    assert report.table(steady).count("\\* |") == 2 and "no measure" in report.table(steady)
+    assert report.table(steady).count("\\* |") == 2 and "): epochs took 2 to 5 s (SGD)" in report.table(steady)
     assert "hardware" in report.untimed([made[0], {**made[1], "hardware": {"device": "cuda"}}])
     (tmp_path / "alone").mkdir()
     for name in ("psgd_summary.json", "psgd_log.jsonl"):
         shutil.copy(runs / name, tmp_path / "alone")
     alone = report.find_runs([tmp_path / "alone"])
-    assert "not among these" in report.untimed(alone) and " + ? |" in report.table(alone)
+    assert "sampled" in report.untimed(alone) and " + ?\\* |" in report.table(alone)
 
 
-def test_the_nearest_sampling_run_counts(runs, tmp_path):
-    """Three machines used one --save-dir: P-SGD belongs to the SGD beside it, and to none if several are as near."""
-    log = [json.loads(line) for line in (runs / "sgd_log.jsonl").read_text().splitlines()]
-    for seconds, name in enumerate("abc"):
+def test_a_sampling_run_counts_if_no_other_can_be_it(runs, tmp_path):
+    """Machines used one --save-dir: SGD's seconds count where one run alone can have sampled, else none."""
+    for name in "ab":
         shutil.copytree(runs, tmp_path / name)
         for path in (tmp_path / name).glob("*_summary.json"):
             path.write_text(json.dumps({**json.loads(path.read_text()), "finished": name}))
-        lines = [json.dumps({**line, "seconds": seconds}) for line in log]
-        (tmp_path / name / "sgd_log.jsonl").write_text("\n".join(lines))
-    (tmp_path / "c" / "sgd_summary.json").unlink()
-    found = [run for run in report.find_runs([tmp_path]) if run["method"] == "psgd"]
-    assert [(run["directory"].name, run["sampling_seconds"]) for run in found] == [("a", 0), ("b", 5), ("c", None)]
+
+    def seconds():
+        return [run["sampling_seconds"] for run in report.find_runs([tmp_path]) if run["method"] == "psgd"]
+
+    assert seconds() == [None, None]
+    (tmp_path / "b" / "sgd_summary.json").unlink()
+    assert seconds() == [pytest.approx(sum(json.loads(line)["seconds"] for line in (
+        runs / "sgd_log.jsonl").read_text().splitlines()))] * 2
 
 
 def test_runs_that_have_not_ended_are_listed(runs, tmp_path, capsys):
@@ -245,7 +244,7 @@ def test_a_run_of_no_epochs_has_a_row(sampled, tmp_path):
     argv = digits_args(sampled, "--output-dir", str(tmp_path), *window, "--epochs", "0")
     train_psgd.main(train_psgd.parse_args(argv))
     found = report.find_runs([tmp_path])
-    assert "| P-SGD | 1 | 3 | 0 (+ 5) | 0 + ? |" in report.table(found) and not report.draw(found, tmp_path, "png")
+    assert "| P-SGD | 1 | 3 | 0 (+ 5) | 0 + ?\\* |" in report.table(found) and not report.draw(found, tmp_path, "png")
 
 
 def test_damaged_files_are_named(runs, tmp_path):
@@ -273,7 +272,7 @@ def test_targets_are_compared_with_the_very_setting_only(runs):
     assert report.compared([run(91.0, n_components=25)]) == ("91.77 [B]", "-0.77 (one seed)")
     for changed in ({"smalldatasets": 0.2}, {"epochs": 30}, {"params_end": 71}, {"arch": "resnet32"}, {"lr": 0.5},
                     {"basis": "random"}, {"n_components": 39}, {"half": True}, {"accumulate": 2}, {"momentum": 0.5},
-                    {"milestones": [10]}):
+                    {"milestones": [10]}, {"pretrained": "a.pt"}, {"allow_mismatch": ["smalldatasets"]}):
         assert report.compared([run(92.0, **changed)]) == ("-", "-")
     assert report.compared([{**run(92.0), "hardware": {"processes": 2}}]) == ("-", "-")
     rows = report.table([run(91.0), run(92.0, n_components=3), run(90.0, 2)])
@@ -291,12 +290,14 @@ def test_rows_ascend_as_numbers(runs, tmp_path):
         ("SGD", None), *(("P-SGD", k) for k in (3, 15, 20))]
 
 
-def test_svg_is_the_same_every_time(runs, tmp_path):
+@pytest.mark.parametrize(("kind", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_figures_are_the_same_bytes_every_time(runs, tmp_path, kind, start):
     drawn = []
     for _ in range(2):
-        report.main(report.parse_args([str(runs), "--figures", str(tmp_path), "--format", "svg"]))
+        report.main(report.parse_args([str(runs), "--figures", str(tmp_path), "--format", kind]))
         drawn.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
-    assert drawn[0] == drawn[1] and set(drawn[0]) == {"accuracy.svg", "variance.svg"}
+    assert drawn[0] == drawn[1] and all(content.startswith(start) for content in drawn[0].values())
+    assert set(drawn[0]) == {f"accuracy.{kind}", f"variance.{kind}"}  # one k, no noise, no P-BFGS: no more to draw
 
 
 def test_a_run_counts_once_and_different_experiments_are_different_rows(runs, tmp_path, capsys):
@@ -308,9 +309,9 @@ def test_a_run_counts_once_and_different_experiments_are_different_rows(runs, tm
     psgd = found[1]
     again = {**psgd, "seed": 2, "args": {**psgd["args"], "randomseed": 2},
              "data": {**psgd["data"], "labels": "noisy ones of another seed"}}
-    assert len(report.grouped([psgd, again])) == 1
+    assert len(report.named([psgd, again])) == 1
     for other in ({"data": {**psgd["data"], "content": "0"}}, {"data": {**psgd["data"], "classes": 3}},
                   {"sampling": {**psgd["sampling"], "optimizer": "adam"}}):
-        assert len(report.grouped([psgd, {**again, **other}])) == 2
+        assert len(report.named([psgd, {**again, **other}])) == 2
     assert "| 1, 1 |" in report.table([psgd, {**psgd, "finished": "later"}])
     assert "a seed twice in one row" in capsys.readouterr().err

@@ -44,24 +44,20 @@ def test_distances_accuracies_and_picture(sampled, tmp_path, monkeypatch, capsys
 
 
 def test_the_surface_is_the_loss_at_its_points(sampled):
-    """The plane through `at`: at its own coordinates the loss is that of `at`."""
+    """The plane through `at`: at its own coordinates, counted from the start, the loss is that of `at`."""
     torch.manual_seed(0)
     model = small(10)
     w = flat_parameters(model)
-    at = w.clone()
+    at, start = w.clone(), torch.randn(len(w))
     P = torch.linalg.qr(torch.randn(len(w), 2))[0].T.contiguous()
     x, y = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
-    a, b = (float(p @ at) for p in P)
-    losses = trajectory.surface(model, w, at, P, [[a, a + 1.0], [b]], [(x, y)])
-    w.copy_(at)
-    with torch.no_grad():
-        expected = torch.nn.functional.cross_entropy(model.train()(x), y)
+    a, b = (P @ (at - start)).tolist()
+    losses = trajectory.surface(model, w, start, at, P, [[a, a + 1.0], [b]], [(x, y)])
     assert losses.shape == (1, 2)
-    assert float(losses[0, 0]) == pytest.approx(float(expected), rel=1e-3)
-    w.copy_(at + P[0])
-    with torch.no_grad():
-        assert float(losses[0, 1]) == pytest.approx(
-            float(torch.nn.functional.cross_entropy(model.train()(x), y)), rel=1e-3)
+    for loss, point in zip(losses[0], (at, at + P[0]), strict=True):
+        w.copy_(point)
+        with torch.no_grad():
+            assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(model.train()(x), y)), rel=1e-3)
 
 
 def test_runs_in_other_directions_are_refused(sampled, tmp_path):
