@@ -200,6 +200,12 @@ def test_a_failing_stage_stops_the_script_with_its_status(shell, stage, before):
     assert status == 7 and len(calls) == before + 1 and calls[-1][0] == stage
 
 
+def heed_signals():
+    """Where the tests run in the background or under nohup these are ignored, and no shell can trap them then."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("name, to", [("TERM", os.kill), ("TERM", os.killpg), ("INT", os.killpg), ("HUP", os.kill)])
 def test_a_signal_reaches_the_script_once_and_its_last_words_are_kept(tmp_path, name, to):
     """Sent to the shell alone (a scheduler) or to its process group (a terminal): not an orphan that trains on."""
@@ -217,8 +223,7 @@ def test_a_signal_reaches_the_script_once_and_its_last_words_are_kept(tmp_path, 
     stub.chmod(0o755)
     env = {**os.environ, "PYTHON": str(stub), "SAVE_ROOT": str(tmp_path)}
     shell = subprocess.Popen([ROOT / "run.sh", "quick"], env=env, stdout=subprocess.PIPE, text=True,
-                             start_new_session=True,
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # `pytest &` ignores it
+                             start_new_session=True, preexec_fn=heed_signals)
     assert shell.stdout.readline().startswith("+ python train_sgd.py") and shell.stdout.readline() == "ready\n"
     to(shell.pid, getattr(signal, f"SIG{name}"))
     out, _ = shell.communicate(timeout=30)
