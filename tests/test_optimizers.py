@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from networks import DOUBLE, closure, loss_of, mlp, step, tensors, train
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -267,3 +268,41 @@ def test_a_basis_may_be_any_object_with_project_and_lift(method):
         model, _ = mlp(w0)
         ends.append(train(model, METHODS[method](model, basis), tensors(data))[-1])
     assert torch.allclose(*ends, rtol=0, atol=1e-12)
+
+
+class Recurrent(nn.Module):
+    """Rows of an 8 x 8 digit as a sequence of eight."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.head = nn.GRU(8, 48, batch_first=True), nn.Linear(48, 10)
+
+    def forward(self, x):
+        return self.head(self.gru(x)[0][:, -1])
+
+
+def test_a_recurrent_network_trains_as_well_in_its_subspace():
+    """scikit-learn's digits: sampling by SGD, and from its start both methods to within 2 points of it."""
+    digits = load_digits()
+    X, Y = torch.from_numpy(digits.images / 16).float(), torch.from_numpy(digits.target)
+    order = torch.from_numpy(np.random.RandomState(0).permutation(len(X)))
+    training, test = order[:1400], order[1400:]
+    torch.manual_seed(0)
+    model = Recurrent()
+    w, start = flat_parameters(model), copy.deepcopy(model.state_dict())
+    snapshots = [w.clone()]
+
+    def accuracy(optimizer, epochs, batch):
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(epochs):
+            for part in training[torch.randperm(len(training), generator=generator)].split(batch):
+                step(optimizer, model, X[part], Y[part])
+            snapshots.append(w.clone())
+        with torch.no_grad():
+            return 100 * (model(X[test]).argmax(1) == Y[test]).float().mean().item()
+
+    sgd = accuracy(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), 20, 64)
+    P, _ = pca_basis(torch.stack(snapshots), k=15)
+    for make, batch in ((partial(ProjectedSGD, lr=0.3), 64), (ProjectedBFGS, 256)):
+        model.load_state_dict(start)
+        assert sgd > 90 and accuracy(make(model, P), 15, batch) > sgd - 2
