@@ -80,13 +80,15 @@ def test_every_table_exists():
 
 
 def test_the_headline_is_that_of_the_runs():
-    rows = re.findall(r"^\| ResNet-20, .*? \| (\S+) \| ([\d,]+) \| .*? \| ([\d.]+) \| ([\d.]+) \|$", README, re.M)
-    runs = {report.label(run): run for run in report.find_runs([ROOT / "results" / "noise-full"])}
-    assert len(rows) == 3
-    for name, trained, last, best in rows:
-        run = runs[name]
-        assert (trained, float(last), float(best)) == (
-            f"{run['parameters_trained']:,}", run["test_accuracy_last"], run["test_accuracy_best"])
+    for folder, setting, count in (("noise-full", "20% label noise", 3), ("noise-tenth", "a tenth of the images", 2)):
+        rows = re.findall(rf"^\| ResNet-20, {setting}.*? \| (\S+) \| ([\d,]+) \| .*? \| ([\d.]+) \| ([\d.]+) \|$",
+                          README, re.M)
+        runs = {report.label(run): run for run in report.find_runs([ROOT / "results" / folder])}
+        assert len(rows) == count
+        for name, trained, last, best in rows:
+            run = runs[name]
+            assert (trained, float(last), float(best)) == (
+                f"{run['parameters_trained']:,}", run["test_accuracy_last"], run["test_accuracy_best"])
     table = (ROOT / "results" / "cifar10-cpu" / "table.md").read_text()
     small = re.findall(r"^\| ResNet-8, .*? \| (\S+) \| .*? \| (\S+ ± \S+) \| (\S+ ± \S+) \|$", README, re.M)
     assert len(small) == 3 and all(f"| {last} | {best} |" in table for _, last, best in small)
