@@ -78,7 +78,7 @@ def init(device: torch.device, timeout: float) -> None:
 
 def destroy() -> None:
     if dist.is_initialized():
-        dist.barrier()  # torch 2.4 deadlocks if a thread of gloo still holds a tensor of the collective before
+        dist.barrier()  # without it torch 2.4 hangs in the next line now and then (gloo)
         dist.destroy_process_group()
 
 
