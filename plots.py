@@ -141,7 +141,7 @@ def accuracy(lines, title, untimed=""):
 
 
 def last_points(ax, lines):
-    """A row for each line: its last epoch, filled, its best, hollow; or an arrow, where it is far below the others."""
+    """A row for each line: its last epoch, filled, and its best, hollow; an arrow for a last far below others."""
     floor, names = max(run["test_accuracy_last"] for line in lines for run in line.runs) - CLOSE, []
     for y, (line, style) in enumerate(styled(lines)):
         last, best = ([run[f"test_accuracy_{which}"] for run in line.runs] for which in ("last", "best"))
@@ -150,13 +150,13 @@ def last_points(ax, lines):
         look = {"color": style["color"], "marker": style["marker"], "capsize": 3, "markersize": 6}
         if statistics.fmean(last) < floor:
             ax.plot(0.01, y, color=style["color"], marker="<", markersize=9, transform=ax.get_yaxis_transform())
-            continue
         for values, own in ((last, look), (best, {**look, **BEST})):
             mean, sd = spread(values)
-            ax.errorbar(mean, y, xerr=sd or None, **own)
+            if mean >= floor:
+                ax.errorbar(mean, y, xerr=sd or None, **own)
     ax.locator_params(axis="x", integer=False)
     ax.set_yticks(range(len(lines)), names, fontsize=9)
-    arrows = "\narrow: far below" * any(line.get_marker() == "<" for line in ax.get_lines())
+    arrows = "\narrow: a last epoch far below" * any(line.get_marker() == "<" for line in ax.get_lines())
     ax.set(ylim=(len(lines) - 0.5, -0.5),
            xlabel=f"test accuracy (%): last epoch (filled, number), best epoch (hollow){arrows}")
 

@@ -65,9 +65,9 @@ def find_runs(directories):
         try:
             summary = json.loads(path.read_text())
             log = [json.loads(line) for line in path.with_name(f"{stage}_log.jsonl").read_text().splitlines()]
-        except (OSError, ValueError) as error:
+            names = {key: plots.short(summary[key]) for key in ("dataset", "arch")}
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} and its {stage}_log.jsonl cannot be read: {error}") from error
-        names = {key: plots.short(summary[key]) for key in ("dataset", "arch")}
         runs.setdefault(json.dumps(summary, sort_keys=True), {**summary, **names, "directory": path.parent, "log": log})
     if not runs:
         raise UserError(f"no *_summary.json below {' '.join(directories)}; a finished run writes one")
@@ -382,6 +382,9 @@ def main(args):
         write_atomically(Path(args.csv), comma_separated(runs).encode())
     if args.figures:
         trajectories = sorted(path for top in args.directories for path in Path(top).rglob("trajectory.json"))
+        for path in [path for path in trajectories if "losses" not in load_json(path)]:
+            distributed.note(f"{path} is not drawn: it holds no losses; make it again with trajectory.py")
+            trajectories.remove(path)
         for path in draw(runs, Path(args.figures), args.format, trajectories):
             print(f"figure: {path}")
 

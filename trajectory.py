@@ -154,7 +154,10 @@ def main(args):
 
 def read_path(file):
     """The first two coordinates of theta along a run, from its log; the start is (0, 0)."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    try:
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+    except ValueError as error:
+        raise UserError(f"--runs: {file} is damaged: {error}") from error
     args = load_json(file.with_name(file.name.replace("_log.jsonl", "_args.json"))).get("args", {})
     found = args.get("basis", "pca"), args.get("start", "first")
     if not all("theta" in line for line in lines) or found != ("pca", "first"):

@@ -133,6 +133,17 @@ def test_accuracy_counts_sampling(many):
     assert by_epoch.get_xlabel().startswith("epoch") and "best epoch" in last.get_xlabel()
 
 
+def test_a_best_epoch_is_shown_where_the_last_is_far_below(many):
+    """By an arrow and the hollow point; a filled one and no arrow for the others."""
+    sgd, psgd = (changed(run, test_accuracy_last=last, test_accuracy_best=58.0)
+                 for run, last in zip(many, (45.0, 57.0), strict=False))
+    *_, last = plots.accuracy(report.named([sgd, psgd]), "title", "why not").axes
+    points = [(float(line.get_xdata()[0]), line.get_marker(), line.get_markerfacecolor() == "none")
+              for line in last.get_lines() if line.get_marker() not in ("None", None, "")]
+    assert points == [(0.01, "<", False), (58.0, "o", True), (57.0, "o", False), (58.0, "o", True)]
+    assert "arrow" in last.get_xlabel()
+
+
 def test_a_method_has_one_colour(many):
     """The line of a method, that of its largest k, in every figure; on the loss surface too."""
     clean = [run for run in many if run["corrupt"] == 0]
@@ -253,6 +264,17 @@ def test_damaged_files_are_named(runs, tmp_path):
     (copy / "psgd_log.jsonl").write_text("{")
     with pytest.raises(UserError, match="psgd_log.jsonl"):
         report.find_runs([copy])
+    shutil.copy(runs / "psgd_log.jsonl", copy)
+    (copy / "psgd_summary.json").write_text("{}")
+    with pytest.raises(UserError, match="psgd_summary.json"):
+        report.find_runs([copy])
+
+
+def test_a_trajectory_without_losses_is_named_and_the_rest_drawn(runs, tmp_path, capsys):
+    shutil.copytree(runs, tmp_path / "copy")
+    (tmp_path / "copy" / "trajectory.json").write_text("{}")
+    report.main(report.parse_args([str(tmp_path / "copy"), "--figures", str(tmp_path)]))
+    assert "trajectory.json is not drawn" in capsys.readouterr().err and (tmp_path / "accuracy.png").is_file()
 
 
 def test_targets_are_compared_with_the_very_setting_only(runs):

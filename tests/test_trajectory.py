@@ -66,6 +66,10 @@ def test_runs_in_other_directions_are_refused(sampled, tmp_path):
     with pytest.raises(UserError, match="has no theta in the principal directions"):
         trajectory.main(trajectory.parse_args([*FLAGS, "--save-dir", str(sampled), "--runs", str(tmp_path), "--figure",
                                                str(tmp_path / "t.png")]))
+    log = tmp_path / "psgd_log.jsonl"
+    log.write_text(log.read_text()[:-9])
+    with pytest.raises(UserError, match="psgd_log.jsonl is damaged"):
+        trajectory.read_path(log)
 
 
 def test_one_component_is_a_plane_too(sampled, tmp_path, monkeypatch):
