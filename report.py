@@ -85,18 +85,12 @@ def sampling(run, runs):
              and all(sgd["args"].get(key, value) == value for key, value in facts.items())
              and (sgd["args"]["save_dir"] == run["args"]["save_dir"] or sgd["directory"] == run["directory"])]
     args, log = (found[0]["args"], found[0]["log"]) if len(found) == 1 else (facts, [])
-    epochs = [i / (args.get("samples_per_epoch") or 1) for i in window(run)]
+    epochs = [i / (args.get("samples_per_epoch") or 1) for i in utils.window_indices(run["args"])]
     end = math.ceil(epochs[-1])
     seconds = [line["seconds"] for line in log if line["epoch"] <= end]
     known = 0 < len(seconds) == end
     return {"window": (epochs[0], epochs[-1]) if known or facts else None,
             "sampling_seconds": sum(seconds) if known else None}
-
-
-def window(run):
-    """Numbers of the snapshots that a subspace run used."""
-    args = run["args"]
-    return range(args["params_start"], args["params_end"], args["params_step"])
 
 
 def order(run):
@@ -141,7 +135,7 @@ def snapshots(run):
     """The window of a subspace run, in words; "" for SGD."""
     if run["method"] == "sgd":
         return ""
-    used = window(run)
+    used = utils.window_indices(run["args"])
     return f"snapshots {used[0]} to {used[-1]}" + (f" in steps of {used.step}" if used.step > 1 else "")
 
 

@@ -24,9 +24,8 @@ DEFAULTS = {  # of data sets that have their own
 
 def parse_args(argv=None):
     parser, train = utils.base_parser(
-        __doc__, epochs=200, epochs_help="epochs in all (ImageNet: 90)", batch_size=128,
-        batch_help="samples per mini-batch (ImageNet: 256)", lr=None,
-        lr_help="learning rate (default: 0.1 for sgd, 0.001 for adam)", subspace=False,
+        __doc__, epochs=200, batch_size=128, lr=None, lr_help="learning rate (default: 0.1 for sgd, 0.001 for adam)",
+        subspace=False,
     )
     train.add_argument("--optimizer", choices=("sgd", "adam"), default="sgd", help="optimiser")
     train.add_argument("--momentum", type=utils.nonnegative, default=0.9, metavar="M", help="momentum of sgd")

@@ -62,7 +62,7 @@ def parse_args(argv=None):
 
 def snapshots(args):
     """The snapshots of the window, and all from --params_start on, in order."""
-    directory, window = Path(args.save_dir), utils.window_indices(args)
+    directory, window = Path(args.save_dir), utils.window_indices(vars(args))
     files = [path for path in directory.glob("*") if path.suffix in (".pt", ".pth")]
     numbers = sorted(int(path.stem) for path in files if path.name == f"{path.stem}.pt" and path.stem.isdigit())
     consecutive = numbers and numbers[-1] - numbers[0] == len(numbers) - 1

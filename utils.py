@@ -30,8 +30,9 @@ def run_stage(method, args, train):
     `run` is the `Run` in its directory, `model` the initial network on the device.
     """
     add_digests(args)
-    paths = [] if args.evaluate or "n_components" not in args else snapshot_paths(args.save_dir, window_indices(args))
-    run = Run(method, vars(args), args.changeable, paths)
+    subspace = "n_components" in args
+    paths = snapshot_paths(args.save_dir, window_indices(vars(args))) if subspace and not args.evaluate else []
+    run = Run(method, vars(args), changeable_flags(subspace), paths)
     if not run.may_start(lambda: load_data(args, "cpu").facts):
         print_next(run, args)
         return load_json(run.path("summary.json"))
@@ -173,13 +174,10 @@ def check_sampling(args, data):
     pairs = {name: (used(then, name), used(now, name), f"--{name}")
              for name in ("datasets", "arch", "smalldatasets", "corrupt")}
     same = all(a == b for name, (a, b, _) in pairs.items() if name != "arch")
-    if "data" in record:
-        facts, here = record["data"], data.facts
-        pairs["content"] = facts["content"], here["content"], "--datasets or --data holds other data"
-        if same:  # else the labels differ for a reason that is said
-            pairs["labels"] = facts["labels"], here["labels"], "--randomseed draws other noisy labels"
-    elif args.corrupt and same:
-        pairs["labels"] = then["randomseed"], now["randomseed"], "--randomseed draws other noisy labels"
+    facts = record.get("data", {})
+    pairs["content"] = facts.get("content"), data.facts["content"], "--datasets or --data holds other data"
+    if same:  # else the labels differ for a reason that is said
+        pairs["labels"] = facts.get("labels"), data.facts["labels"], "--randomseed draws other noisy labels"
     wrong = [f"{name} {a}, here {b} ({why})" for name, (a, b, why) in pairs.items() if a != b and name not in allowed]
     if wrong:
         raise UserError(f"the snapshots in --save-dir {directory} were sampled otherwise: {'; '.join(wrong)}; repeat "
@@ -264,12 +262,6 @@ def one_line(error):
 # ------------------------------------------------------------------------------------------------------------- flags
 
 
-class Arguments(argparse.Namespace):
-    """Flags by name; `changeable`, those that a resumed run may change, is not one of them."""
-
-    __slots__ = ("changeable",)
-
-
 def changeable(flag):
     """Mark a flag that a resumed run may change: it does not change the result, or says how far to train."""
     flag.changeable = True
@@ -282,11 +274,6 @@ class Parser(argparse.ArgumentParser):
         description, _, example = doc.strip().partition("\n\nExample")
         super().__init__(description=description, epilog="example" + example, formatter_class=HelpFormatter,
                          allow_abbrev=False)
-
-    def parse_args(self, argv=None):
-        args = super().parse_args(argv, Arguments())
-        args.changeable = frozenset(flag.dest for flag in self._actions if hasattr(flag, "changeable"))
-        return args
 
     def error(self, message):  # one line, without the usage that would bury it
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n" if distributed.first_to_fail() else None)
@@ -338,9 +325,10 @@ def mismatches(value):
 
 
 @functools.cache
-def changeable_flags():
+def changeable_flags(subspace=True):
     """Names of the flags that may differ between runs of one experiment."""
-    return base_parser("", epochs=0, batch_size=0, lr=0, lr_help="")[0].parse_args([]).changeable
+    parser, _ = base_parser("", epochs=0, batch_size=0, lr=0, lr_help="", subspace=subspace)
+    return frozenset(flag.dest for flag in parser._actions if hasattr(flag, "changeable"))
 
 
 def folder(value):
@@ -353,8 +341,7 @@ def data_directory():
     return os.environ.get("DLDR_DATA", "data/")
 
 
-def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in all",
-                batch_help="samples per mini-batch", subspace=True):
+def base_parser(doc, *, epochs, batch_size, lr, lr_help, subspace=True):
     """A parser with the flags that the scripts share; returns (parser, the group of training flags)."""
     parser = Parser(doc)
     if subspace:
@@ -377,10 +364,12 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, epochs_help="epochs in 
 
     training = parser.add_argument_group("training")
     train = training.add_argument
-    changeable(train("--epochs", type=natural, default=epochs, metavar="N", help=epochs_help))
+    changeable(train("--epochs", type=natural, default=epochs, metavar="N",
+                     help="epochs in all (train_sgd.py on ImageNet: 90)"))
     train("--start-epoch", type=natural, default=0, metavar="N",
           help="index of the first epoch, for schedule, order and names of snapshots; --resume knows its own")
-    train("-b", "--batch-size", type=count, default=batch_size, metavar="N", help=batch_help)
+    train("-b", "--batch-size", type=count, default=batch_size, metavar="N",
+          help="samples per mini-batch (train_sgd.py on ImageNet: 256)")
     train("--lr", "--learning-rate", type=nonnegative, default=lr, metavar="LR", help=lr_help)
     train("--accumulate", type=count, default=1, metavar="A",
           help="average the gradient of A mini-batches before each step; P-BFGS searches on the last of them, as the "
@@ -484,7 +473,7 @@ def check_window(parser, args):
     """Exit with status 2 and one line if the window has too few snapshots for --n_components."""
     if args.params_end <= args.params_start:
         parser.error(f"--params_end {args.params_end} must be larger than --params_start {args.params_start}")
-    snapshots = len(window_indices(args))
+    snapshots = len(window_indices(vars(args)))
     needed = max(2, args.n_components + 1) if getattr(args, "basis", "pca") in BASES else 1
     if needed > snapshots:
         parser.error(f"--n_components {args.n_components} needs at least {needed} snapshots; "
@@ -492,6 +481,6 @@ def check_window(parser, args):
                      f"{args.params_step} are {snapshots}")
 
 
-def window_indices(args):
+def window_indices(flags):
     """The snapshots that --params_start, --params_end (exclusive) and --params_step name."""
-    return range(args.params_start, args.params_end, args.params_step)
+    return range(flags["params_start"], flags["params_end"], flags["params_step"])

@@ -7,6 +7,7 @@ where --data has no cifar10.npz, and in SGD ends with its snapshot. Run it on an
 Example:
   python benchmarks/run.py --half --json results/cpu-speed/benchmark.json
 """
+import argparse
 import itertools
 import multiprocessing
 import signal
@@ -110,7 +111,7 @@ def prepare(side, stage, args, directory, device):
     epochs, w = map(batches.epoch, itertools.count()), flat_parameters(model)
     ready = itertools.chain.from_iterable(epochs)  # mini-batches without end
     optimizer = (ProjectedBFGS(model, P) if searching else ProjectedSGD(model, P, PSGD_LR) if stage == "psgd" else
-                 train_sgd.make_optimizer(utils.Arguments(optimizer="sgd", **SGD), list(model.parameters())))
+                 train_sgd.make_optimizer(argparse.Namespace(optimizer="sgd", **SGD), list(model.parameters())))
     loop = engine.Loop(model, optimizer, half=side == "half", read_every=1 if device.type == "cpu" else 50,
                        capture=graphs.capturer("auto", model, device))
 

@@ -11,6 +11,7 @@ import io
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,15 +44,11 @@ class Data(NamedTuple):
     example: torch.Tensor  # a mini-batch of two samples, its values aside
 
 
-def is_own(name):
-    """Whether `name` is FILE.py:FUNCTION, folder:DIR[@SIZE] or npz:FILE."""
-    return ".py:" in name or name.startswith(("folder:", "npz:"))
-
-
 def check_name(name):
     """Raise UserError, with the closest names, unless `name` is a data set."""
     names = [*SOURCES, "ImageNet"]
-    if name not in names and not is_own(name):
+    own = ".py:" in name or name.startswith(("folder:", "npz:"))
+    if name not in names and not own:
         lower = {known.lower(): known for known in names}
         close = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=2, cutoff=0.5)]
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}, and data of your own"
@@ -277,30 +274,22 @@ def read_npz(path, where):
         raise UserError(f"{where} cannot be read as x_train, y_train, x_test, y_test: {error}") from error
 
 
-def read_cifar(classes):
-    """A reader of CIFAR-10 or CIFAR-100: cifar<classes>.npz in the data directory, else torchvision's files there."""
-
-    def read(root):
-        path = root / f"cifar{classes}.npz"
-        if path.is_file():
-            return check_arrays(read_npz(path, path), classes, path, (32, 32, 3))
-        splits = download(f"CIFAR{classes}", root, f"or put {path} there (docs/install.md says how)")
-        return [array for split in splits for array in (split.data, np.asarray(split.targets))]
-
-    return read
+def read_cifar(classes, root):
+    """CIFAR-10 or CIFAR-100: cifar<classes>.npz in the data directory `root`, else torchvision's files there."""
+    path = root / f"cifar{classes}.npz"
+    if path.is_file():
+        return check_arrays(read_npz(path, path), classes, path, (32, 32, 3))
+    splits = download(f"CIFAR{classes}", root, f"or put {path} there (docs/install.md says how)")
+    return [array for split in splits for array in (split.data, np.asarray(split.targets))]
 
 
-def read_mnist(name):
-    """A reader of MNIST or FashionMNIST through torchvision: padded from 28 to 32 pixels, three equal channels."""
-
-    def read(root):
-        arrays = []
-        for split in download(name, root, "or copy its files there from a machine with network"):
-            grey = F.pad(split.data, (2, 2, 2, 2))
-            arrays += [grey[..., None].expand(-1, -1, -1, 3).numpy(), split.targets.numpy()]
-        return arrays
-
-    return read
+def read_mnist(name, root):
+    """MNIST or FashionMNIST through torchvision: padded from 28 to 32 pixels, three equal channels."""
+    arrays = []
+    for split in download(name, root, "or copy its files there from a machine with network"):
+        grey = F.pad(split.data, (2, 2, 2, 2))
+        arrays += [grey[..., None].expand(-1, -1, -1, 3).numpy(), split.targets.numpy()]
+    return arrays
 
 
 def download(name, root, hint):
@@ -332,10 +321,10 @@ def read_digits(root):
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SOURCES = {
-    "CIFAR10": Source(10, IMAGENET_MEAN, IMAGENET_STD, read_cifar(10)),
+    "CIFAR10": Source(10, IMAGENET_MEAN, IMAGENET_STD, partial(read_cifar, 10)),
     "CIFAR100": Source(100, (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047),
-                       read_cifar(100)),
-    "MNIST": Source(10, (0.1307,) * 3, (0.3081,) * 3, read_mnist("MNIST"), "crop"),
-    "FashionMNIST": Source(10, (0.2860,) * 3, (0.3530,) * 3, read_mnist("FashionMNIST")),
+                       partial(read_cifar, 100)),
+    "MNIST": Source(10, (0.1307,) * 3, (0.3081,) * 3, partial(read_mnist, "MNIST"), "crop"),
+    "FashionMNIST": Source(10, (0.2860,) * 3, (0.3530,) * 3, partial(read_mnist, "FashionMNIST")),
     "digits": Source(10, (0.3054,) * 3, (0.3237,) * 3, read_digits, "crop"),
 }

@@ -22,9 +22,11 @@ def pick_device(name):
         raise UserError(f"--device {name}: not one of auto, cpu, cuda, cuda:N")
     if device.type == "cpu":
         return torch.device("cpu")
-    if device.index is not None and distributed.launched() > 1:
-        raise UserError(f"--device {name}: each process of a distributed run has a GPU of its own; use auto or cuda")
-    index = distributed.local_rank() if device.index is None else device.index
+    index = device.index or 0
+    if distributed.launched() > 1:
+        if device.index is not None:
+            raise UserError(f"--device {name}: each process of several has a GPU of its own; use auto or cuda")
+        index = int(os.environ.get("LOCAL_RANK", 0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, of several lines
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0  # else it counts unusable ones too

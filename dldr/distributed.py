@@ -50,11 +50,6 @@ def launched() -> int:
     return int(size)
 
 
-def local_rank() -> int:
-    """Rank among the processes of this machine, which is the index of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if launched() > 1 else 0
-
-
 def note(text: str, kind: str = "note") -> None:
     """Print a line to standard error, on rank 0."""
     if rank() == 0:

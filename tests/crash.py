@@ -53,7 +53,7 @@ def run_on_slow_disk(method, argv, n):
 def hold_lock(method, argv, ready):
     """Take the directory of a run, say so, and sit on it."""
     args = SCRIPTS[method].parse_args(argv)
-    taken = checkpoint.Run(method, vars(args), args.changeable)
+    taken = checkpoint.Run(method, vars(args), changeable=())
     taken.prepare_directory()
     ready.set()
     signal.pause()

@@ -50,7 +50,7 @@ def test_every_command_is_valid(table, scale):
             sampled[args.save_dir] = args
         before = sampled[args.save_dir]
         if script != "train_sgd.py":
-            assert utils.window_indices(args)[-1] <= before.epochs * before.samples_per_epoch
+            assert utils.window_indices(vars(args))[-1] <= before.epochs * before.samples_per_epoch
         for name in ("datasets", "arch", "corrupt", "randomseed", "smalldatasets"):
             assert getattr(args, name) == getattr(before, name) or (table, name) == ("transfer", "smalldatasets")
         assert directory == (getattr(args, "output_dir", None) or args.save_dir) or script == "trajectory.py"
@@ -91,10 +91,10 @@ def test_imagenet_and_finetune_are_the_published_recipes(monkeypatch, weights):
     assert has(sgd, datasets="ImageNet", arch="resnet18", epochs=90, batch_size=256, lr=0.1, milestones=[30, 60],
                samples_per_epoch=6, half=True, workers=8, pretrained=False)
     assert has(pbfgs, epochs=4, batch_size=256, n_components=120, half=True)
-    assert utils.window_indices(pbfgs) == range(0, 241, 2)
+    assert utils.window_indices(vars(pbfgs)) == range(0, 241, 2)
     (_, sgd, _), *windows = parsed("finetune")
     assert has(sgd, lr=0.005, epochs=15, samples_per_epoch=6, pretrained=weights or True, milestones=[30, 60])
-    assert [(utils.window_indices(args), args.n_components) for _, args, _ in windows] == [
+    assert [(utils.window_indices(vars(args)), args.n_components) for _, args, _ in windows] == [
         (range(1, 31, 2), 14), (range(1, 61, 2), 29), (range(1, 91, 2), 30)]
     assert all(has(args, epochs=1, batch_size=256) for _, args, _ in windows)
 
