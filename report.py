@@ -66,6 +66,8 @@ def find_runs(directories):
             summary = json.loads(path.read_text())
             log = [json.loads(line) for line in path.with_name(f"{stage}_log.jsonl").read_text().splitlines()]
             names = {key: plots.short(summary[key]) for key in ("dataset", "arch")}
+            if log and log[-1]["epoch"] != summary["epochs"]:
+                raise ValueError(f"the log ends at epoch {log[-1]['epoch']}, the run at {summary['epochs']}")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} and its {stage}_log.jsonl cannot be read: {error}") from error
         runs.setdefault(json.dumps(summary, sort_keys=True), {**summary, **names, "directory": path.parent, "log": log})
@@ -82,7 +84,7 @@ def sampling(run, runs):
     facts = run.get("sampling") or {}
     found = [sgd for sgd in runs if sgd["method"] == "sgd"
              and all(sgd[key] == run[key] for key in ("dataset", "arch", "parameters"))
-             and all(sgd["args"].get(key, value) == value for key, value in facts.items())
+             and all(sgd["args"].get(key, facts[key]) == facts[key] for key in facts.keys() & {*utils.SAMPLING})
              and (sgd["args"]["save_dir"] == run["args"]["save_dir"] or sgd["directory"] == run["directory"])]
     args, log = (found[0]["args"], found[0]["log"]) if len(found) == 1 else (facts, [])
     epochs = [i / (args.get("samples_per_epoch") or 1) for i in utils.window_indices(run["args"])]
@@ -128,7 +130,8 @@ def label(run):
     basis, start = args.get("basis", "pca"), args.get("start", "first")
     extra = (["pretrained"] * bool(args.get("pretrained")) + [plots.short(basis)] * (basis != "pca")
              + [f"from the {start}"] * (start != "first"))
-    return method(run) + (f" ({', '.join(extra)})" if extra else "")
+    name = "P+-BFGS" if args.get("alpha") else method(run)
+    return name + (f" ({', '.join(extra)})" if extra else "")
 
 
 def snapshots(run):
@@ -159,8 +162,10 @@ def setting(run, x=None):
     """{what: text} of all that makes a run another experiment: not the seed, nor argument `x`, which an axis tells."""
     args, k = run["args"], run["n_components"]  # where the flag is a share of the variance, k differs by seed
     ignored = {"randomseed", "save_dir", "n_components", x, *utils.changeable_flags()}
+    processes = run["hardware"].get("processes") or 1  # each normalises its own part of a mini-batch
     return {"k": f"k = {k}" if k and x != "n_components" else "", "snapshots": snapshots(run),
             "images": f"{100 * (args.get('smalldatasets') or 1):g}% of the images", "epochs": f"epochs {run['epochs']}",
+            "processes": f"{processes} processes" if processes > 1 else "",
             **{key: f"{key} {args[key]}".replace("_", " ") for key in sorted(args) if key not in ignored}}
 
 
@@ -201,8 +206,11 @@ def mean(runs, key):
 
 def on_record(run):
     """The reference result (results/targets.json) of the run's setting; None unless all that matters agrees."""
-    record = load_json(TARGETS)
+    record, sampled = load_json(TARGETS), run.get("sampling") or {}  # of runs before there was one it is not known
     values = {**record["common"], **run["hardware"], **run["args"], **run, "label": label(run)}
+    if (any(record["sampling"].get(key, value) != value for key, value in sampled.items())
+            or min(sampled.get("milestones") or [math.inf]) < run["args"].get("params_end", 0) - 1):
+        return None
     for target in record["targets"]:
         if all(values.get(key) == value for key, value in {**record["common"], **target["setting"]}.items()):
             return target
@@ -361,7 +369,9 @@ def draw(runs, directory, kind, trajectories=()):
         if len({run["corrupt"] for run in those}) > 1:
             lines = named(those, "corrupt")
             made["noise" + suffix] = plots.noise(lines, title("Label noise", lines))
-    made |= {f"trajectory_{path.parent.name}": plots.plane(load_json(path)) for path in trajectories}
+    for path in trajectories:
+        name = f"trajectory_{path.parent.name}"
+        made[f"{name}_{len(made)}" if name in made else name] = plots.plane(load_json(path))
     return [write_atomically(directory / f"{name}.{kind}", plots.image(fig, kind)) for name, fig in made.items()]
 
 

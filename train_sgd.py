@@ -78,7 +78,7 @@ def train(run, args, data, model):
     due = sampling_iterations(len(data.train), args.samples_per_epoch)
     snapshots = 1 + max(0, args.epochs - args.start_epoch) * len(due)
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    run.describe(data, w, snapshots=snapshots, writes=snapshots * size)
+    run.begin(data, w, snapshots=snapshots, writes=snapshots * size)
     parameters = {name for name, _ in model.named_parameters()}
 
     def save_snapshot(epoch, iteration):

@@ -31,11 +31,12 @@ import utils
 from dldr import distributed, engine
 from dldr.checkpoint import command_line, provenance
 from dldr.errors import UserError
-from dldr.files import load_json, save_json, write_atomically
+from dldr.files import checksum, load_json, save_json, write_atomically
 from dldr.snapshots import load_window, read_snapshot, snapshot_paths
 from dldr.subspace import flat_parameters, pca_basis
 
 GRID = 25  # points a side of the loss surface
+WINDOW = ("arch", "params_start", "params_end", "params_step")
 
 
 def parse_args(argv=None):
@@ -102,9 +103,12 @@ def main(args):
     utils.check_sampling(args, data)
     utils.check_snapshots(every)
     window = load_window(paths, model, device)
-    P, explained = pca_basis(window, args.n_components)
+    try:
+        P, explained = pca_basis(window, args.n_components)
+        plane = P[:2] if len(P) > 1 else pca_basis(window, 2)[0]
+    except ValueError as error:
+        raise UserError(f"{error} (--n_components, --params_start, --params_end, --params_step)") from error
     k = len(P)
-    plane = P[:2] if k > 1 else pca_basis(window, 2)[0]
     w = flat_parameters(model)
     start = w.clone()
 
@@ -132,7 +136,7 @@ def main(args):
 
     lines = {"sgd": [path]}
     for method in ("psgd", "pbfgs"):
-        lines[method] = [read_path(file) for directory in args.runs
+        lines[method] = [read_path(file, args, checksum(*paths)) for directory in args.runs
                          for file in sorted(Path(directory).rglob(f"{method}_log.jsonl"))]
     points = np.array([point for group in lines.values() for line in group for point in line])
     low, high = points.min(axis=0), points.max(axis=0)
@@ -152,17 +156,24 @@ def main(args):
     return result
 
 
-def read_path(file):
-    """The first two coordinates of theta along a run, from its log; the start is (0, 0)."""
+def read_path(file, args, window):
+    """The first two coordinates of theta along the run of a log; the start is (0, 0).
+
+    Raises UserError unless they are in the basis that `args` name, of the snapshots with the checksum `window`.
+    """
+    beside = [file.with_name(file.name.replace("log.jsonl", name)) for name in ("args.json", "summary.json")]
     try:
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-    except ValueError as error:
-        raise UserError(f"--runs: {file} is damaged: {error}") from error
-    args = load_json(file.with_name(file.name.replace("_log.jsonl", "_args.json"))).get("args", {})
-    found = args.get("basis", "pca"), args.get("start", "first")
-    if not all("theta" in line for line in lines) or found != ("pca", "first"):
-        raise UserError(f"--runs: {file} has no theta in the principal directions from the window's first snapshot "
-                        f"(--basis {found[0]}, --start {found[1]})")
+        theirs, summary = load_json(beside[0])["args"], load_json(beside[1]) or {}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--runs: {file}, or {beside[0].name} beside it, is missing or damaged: {error}") from error
+    ours = {"basis": "pca", "start": "first"} | {flag: getattr(args, flag) for flag in WINDOW}
+    differ = [f"--{flag} {theirs[flag]}, here {value}" for flag, value in ours.items()
+              if theirs.get(flag, value) != value]
+    if not differ and summary.get("snapshots_checksum", window) != window:
+        differ = ["of other snapshots than those in --save-dir"]
+    if differ or not all("theta" in line for line in lines):
+        raise UserError(f"--runs: {file} has no theta in this basis ({'; '.join(differ) or 'none in the log'})")
     return [[0.0, 0.0], *([*line["theta"], 0.0][:2] for line in lines)]
 
 

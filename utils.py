@@ -126,15 +126,15 @@ def subspace(run, args, data, model):
         raise
     except ValueError as error:
         raise UserError(f"{error} (--n_components, --params_start, --params_end, --params_step)") from error
-    run.describe(data, w, snapshots=len(run.snapshots), explained=explained, sampling=sampling)
     if args.save_basis:
         save_basis(Path(args.save_basis), model, P, explained,
                    {"command": command_line(), "args": vars(args), "data": data.facts})
+    run.begin(data, w, snapshots=len(run.snapshots), explained=explained, sampling=sampling)
     return distributed.distribute(P, w.numel(), sharded)
 
 
 SAMPLING = ("optimizer", "lr", "batch_size", "momentum", "weight_decay", "milestones", "accumulate", "half",
-            "samples_per_epoch", "snapshot_dtype", "pretrained")
+            "samples_per_epoch", "snapshot_dtype", "pretrained", "sync_bn")
 MISMATCHES = ("datasets", "arch", "smalldatasets", "corrupt", "labels", "content")
 
 
@@ -154,8 +154,8 @@ def check_snapshots(paths):
 def check_sampling(args, data):
     """Raise UserError, naming each difference, unless the snapshots were sampled on the same data and network.
 
-    What --allow-mismatch names may differ. Returns how they were sampled, or None (and prints a note) if there is no
-    record of the run.
+    What --allow-mismatch names may differ. Returns how they were sampled, with what differs (another seed, too), or
+    None (and prints a note) if there is no record of the run.
     """
     directory = Path(args.save_dir)
     record = load_json(directory / "sgd_args.json")
@@ -182,7 +182,9 @@ def check_sampling(args, data):
     if wrong:
         raise UserError(f"the snapshots in --save-dir {directory} were sampled otherwise: {'; '.join(wrong)}; repeat "
                         "the flags of train_sgd.py, or name what is meant to differ in --allow-mismatch")
-    return {name: then.get(name) for name in SAMPLING}
+    differs = [name for name, (a, b, _) in pairs.items() if a != b and name != "labels"]
+    differs += ["randomseed"] * (then["randomseed"] != now["randomseed"])
+    return {name: then.get(name, facts.get(name)) for name in (*SAMPLING, *differs)}
 
 
 def make_loop(args, model, optimizer, network=None):

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +53,7 @@ class Run:
         self.method, self.args, self.changeable, self.snapshots = method, args, set(changeable), snapshots
         self.epochs, self.seed, self.save_every = args["epochs"], args["randomseed"], args["save_every"]
         self.directory = Path(args.get("output_dir") or args["save_dir"])
+        self.files = rf"{method}_({FILES})" + (f"|{SNAPSHOTS}" if method == "sgd" else "")
         self.flag = "--output-dir" if "output_dir" in args else "--save-dir"
         self.start, self.seconds = time.perf_counter(), dict.fromkeys(("load", "basis", "train", "eval"), 0.0)
         self.log, self.facts, self.lock, self.header = [], {}, None, False
@@ -101,7 +101,7 @@ class Run:
                             f"{self.flag}, or start over with --overwrite")
         summary = load_json(self.path("summary.json"))
         finished = (summary is not None and summary.get("epochs") == self.epochs
-                    and summary.get("snapshots_checksum") == self.snapshots_checksum())
+                    and summary.get("snapshots_checksum") == checksum(*self.snapshots))
         if not self.args["resume"] or finished and self.args["resume"] != "auto":
             state, keep = ("a finished", "keep") if finished else ("an unfinished", "resume")
             raise UserError(f"{self.directory} holds {state} {self.method} run with these flags; {keep} it with "
@@ -121,11 +121,6 @@ class Run:
             raise UserError(f"{path} is of other data than --datasets {self.args['datasets']} --data "
                             f"{self.args['data']}: {changed}")
 
-    def snapshots_checksum(self):
-        """One checksum of all snapshots of the window; None in train_sgd.py."""
-        checksums = [checksum(path) for path in self.snapshots]
-        return f"{zlib.crc32(repr(checksums).encode()):08x}" if checksums else None
-
     def has_results(self):
         """Whether the directory holds more of a run of this method than its start."""
         names = [f"{self.method}_{name}" for name in ("log.jsonl", "checkpoint.pt", "final.pt", "summary.json")]
@@ -138,7 +133,7 @@ class Run:
         return what_changed(then, {key: value for key, value in self.args.items() if key not in self.changeable})
 
     def prepare_directory(self):
-        """Make the directory and lock it (the OS releases the lock on exit); with --overwrite empty it. On rank 0.
+        """Make the directory and lock it (the OS releases the lock on exit); remove half-written files. On rank 0.
 
         Raises UserError if it cannot be written, or if another process is writing to it.
         """
@@ -156,11 +151,7 @@ class Run:
                 raise UserError(f"{self.flag} {self.directory} cannot be written to: {error.strerror}") from error
             distributed.note(f"the file system of {self.directory} has no locks: nothing keeps another process out of "
                              "it", "warning")
-        ours = rf"{self.method}_({FILES})" + (f"|{SNAPSHOTS}" if self.method == "sgd" else "")
-        stale = rf"\.({ours})\.tmp" + (f"|{ours}" if self.args["overwrite"] else "")  # .tmp: killed while writing
-        for path in self.directory.iterdir():
-            if re.fullmatch(stale, path.name):
-                path.unlink(missing_ok=True)
+        self.remove(rf"\.({self.files})(\.\d+)?\.tmp")  # killed while writing
 
     def checkpoint_to_resume(self):
         """The file of --resume PATH, or with auto the run's own checkpoint if there is one; None for a new start."""
@@ -169,11 +160,17 @@ class Run:
             return own if own.is_file() else None
         return Path(self.args["resume"]) if self.args["resume"] else None
 
-    def describe(self, data, w, *, snapshots, explained=None, sampling=None, writes=0):
-        """Print what is trained, and keep it for the summary.
+    def remove(self, pattern):
+        """Remove the files of the directory whose whole names match."""
+        for path in self.directory.iterdir() if distributed.rank() == 0 else ():
+            if re.fullmatch(pattern, path.name):
+                path.unlink(missing_ok=True)
 
-        `explained`: the variance shares of the basis, if any; `sampling`: how its snapshots were made. `writes`: bytes
-        of the snapshots to come; warns if the free disk space is too small.
+    def begin(self, data, w, *, snapshots, explained=None, sampling=None, writes=0):
+        """Print what is trained, and keep it for the summary; with --overwrite remove what an earlier run has left.
+
+        Comes after all that may refuse the flags. `explained`: the variance shares of the basis, if any; `sampling`:
+        how its snapshots were made. `writes`: bytes of the snapshots to come; warns if the disk has too little space.
         """
         free = shutil.disk_usage(self.directory).free if distributed.rank() == 0 else math.inf
         writes += 6 * w.nbytes  # network and optimiser in a checkpoint, while the next one is written; final network
@@ -184,14 +181,16 @@ class Run:
         self.facts = {
             "parameters": w.numel(),
             "data": data.facts,
-            "parameters_trained": k or w.numel(),
+            "parameters_trained": k if k and not self.args.get("alpha") else w.numel(),
             "n_components": k,
             "snapshots": snapshots,
-            "snapshots_checksum": self.snapshots_checksum(),
+            "snapshots_checksum": checksum(*self.snapshots),
             **({"sampling": sampling} if sampling else {}),
             "explained_variance": {"total": sum(explained), "per_component": explained} if explained else None,
         }
         args = self.args
+        if args["overwrite"]:
+            self.remove(self.files)
         print(f"{self.method}: {args['arch']} on {args['datasets']}, {w.numel():,} parameters, {data.classes} classes, "
               f"{data.train.samples:,} training and {data.test.samples:,} test samples, {w.device}", flush=True)
         if explained:
@@ -211,6 +210,7 @@ class Run:
         if self.method == "sgd" and (known := load_json(self.path("snapshots.json"))):
             last = first * self.args["samples_per_epoch"]  # later ones are written again, maybe with other bits
             save_json(self.path("snapshots.json"), {i: value for i, value in known.items() if int(i) <= last})
+            self.remove("|".join(rf"{i}\.pt" for i in known if int(i) > last))
         save_json(self.path("args.json"), {"command": command_line(), "args": self.args, "data": self.facts["data"]})
         for name in ("summary.json", "final.pt") if distributed.rank() == 0 else ():
             self.path(name).unlink(missing_ok=True)  # they would not go with the new log
@@ -230,8 +230,9 @@ class Run:
         if state["epoch"] > self.epochs:
             raise UserError(f"--resume {path} is past --epochs {self.epochs}: it has {state['epoch']}")
         self.check_data(f"--resume {path}", state["facts"].get("data", {}), self.facts["data"])  # which may have moved
-        shares = [facts["explained_variance"] for facts in (state["facts"], self.facts)]
-        if shares[0] and not np.allclose(*(share["per_component"] for share in shares), rtol=1e-4):
+        then, now = ((facts["explained_variance"] or {}).get("per_component", [])
+                     for facts in (state["facts"], self.facts))
+        if len(then) != len(now) or not np.allclose(then, now, rtol=1e-4):
             raise UserError(f"--resume {path} was made with different snapshots than those in --save-dir")
         load_model(model, state["model"], path)
         try:

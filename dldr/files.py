@@ -19,7 +19,7 @@ def write_atomically(path, data):
     """Atomic write (temporary file, fsync, rename) of bytes, on rank 0, in a folder that is made if need be."""
     if distributed.rank():
         return path
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -111,8 +111,14 @@ def load_file(path, what, mmap=False):
     return value
 
 
-def checksum(path):
-    """Of a file by torch.save, from the checksums that its directory carries; of the whole file in another format."""
+def checksum(*paths):
+    """Of a file by torch.save, from the checksums that its directory carries; of the whole file in another format.
+
+    Of several files it is one of theirs, of none None.
+    """
+    if len(paths) != 1:
+        return f"{zlib.crc32(repr([*map(checksum, paths)]).encode()):08x}" if paths else None
+    path, = paths
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as file:
             return f"{zlib.crc32(file.read()):08x}"

@@ -185,6 +185,7 @@ def test_lines_of_one_name_are_told_apart(runs):
     assert [line.name for line in report.named(made)] == [
         f"SGD, lr {sgd['args']['lr']}", "SGD, lr 0.5", "SGD (pretrained)", "P-SGD, k = 3, snapshots 0 to 5 (1)",
         "P-SGD, k = 3, snapshots 0 to 4", "P-SGD, k = 2, snapshots 0 to 4", "P-SGD, k = 3, snapshots 0 to 5 (2)"]
+    assert report.label({"method": "pbfgs", "args": {"alpha": 0.1}}) == "P+-BFGS"
     sampled = [{**psgd, "sampling": {**psgd["sampling"], "optimizer": optimizer}} for optimizer in ("sgd", "adam")]
     lines = report.bases(report.named(sampled))
     assert [line.name for line in lines] == ["principal directions (1)", "principal directions (2)"]
@@ -264,6 +265,9 @@ def test_damaged_files_are_named(runs, tmp_path):
     (copy / "psgd_log.jsonl").write_text("{")
     with pytest.raises(UserError, match="psgd_log.jsonl"):
         report.find_runs([copy])
+    (copy / "psgd_log.jsonl").write_text((runs / "psgd_log.jsonl").read_text().splitlines()[0] + "\n")
+    with pytest.raises(UserError, match="the log ends at epoch 1, the run at"):
+        report.find_runs([copy])
     shutil.copy(runs / "psgd_log.jsonl", copy)
     (copy / "psgd_summary.json").write_text("{}")
     with pytest.raises(UserError, match="psgd_summary.json"):
@@ -282,11 +286,13 @@ def test_targets_are_compared_with_the_very_setting_only(runs):
     psgd = next(run for run in report.find_runs([runs]) if run["method"] == "psgd")
     args = {**psgd["args"], "arch": "resnet20", "smalldatasets": None, "epochs": 40, "lr": 1.0, "batch_size": 128,
             "params_start": 0, "params_end": 81, "params_step": 1, "n_components": 40}
+    released = {**psgd["sampling"], "lr": 0.1, "batch_size": 128}
 
     def run(accuracy, seed=1, **changed):
         made = {**args, "randomseed": seed, **changed}
         return {**psgd, "dataset": "CIFAR10", "arch": made["arch"], "epochs": made["epochs"], "corrupt": 0.0,
-                "n_components": made["n_components"], "seed": seed, "test_accuracy_last": accuracy, "args": made}
+                "n_components": made["n_components"], "seed": seed, "test_accuracy_last": accuracy, "args": made,
+                "sampling": released}
 
     assert report.compared([run(92.0)]) == ("91.95 [A]", "+0.05 (one seed)")
     assert report.compared([run(91.9), run(92.2, 2)]) == ("91.95 [A]", "+0.10")  # 92.05 ± 0.21
@@ -297,6 +303,8 @@ def test_targets_are_compared_with_the_very_setting_only(runs):
                     {"milestones": [10]}, {"pretrained": "a.pt"}, {"allow_mismatch": ["smalldatasets"]}):
         assert report.compared([run(92.0, **changed)]) == ("-", "-")
     assert report.compared([{**run(92.0), "hardware": {"processes": 2}}]) == ("-", "-")
+    for sampled in ({"optimizer": "adam"}, {"samples_per_epoch": 2}, {"half": True}, {"milestones": [50]}):
+        assert report.compared([{**run(92.0), "sampling": {**released, **sampled}}]) == ("-", "-")
     rows = report.table([run(91.0), run(92.0, n_components=3), run(90.0, 2)])
     assert "| -1.45 (beyond the spread) |" in rows and rows.count("\n|") == 3
 
@@ -333,7 +341,8 @@ def test_a_run_counts_once_and_different_experiments_are_different_rows(runs, tm
              "data": {**psgd["data"], "labels": "noisy ones of another seed"}}
     assert len(report.named([psgd, again])) == 1
     for other in ({"data": {**psgd["data"], "content": "0"}}, {"data": {**psgd["data"], "classes": 3}},
-                  {"sampling": {**psgd["sampling"], "optimizer": "adam"}}):
+                  {"sampling": {**psgd["sampling"], "optimizer": "adam"}}, {"hardware": {"processes": 2}},
+                  {"sampling": {**psgd["sampling"], "smalldatasets": 0.1}}):
         assert len(report.named([psgd, {**again, **other}])) == 2
     assert "| 1, 1 |" in report.table([psgd, {**psgd, "finished": "later"}])
     assert "a seed twice in one row" in capsys.readouterr().err

@@ -138,7 +138,8 @@ def test_resume_ends_where_an_uninterrupted_run_does(sampled, tmp_path, method, 
     assert len({summary["test_accuracy_best"] for summary in summaries}) == 1
 
 
-def test_resume_refuses_another_window(sampled, tmp_path):
+@pytest.mark.parametrize("k", ["4", "0.9"])
+def test_resume_refuses_another_window(k, sampled, tmp_path):
     """The same flags, but the snapshots (in torch's older format) are of another run: theta would mean other ones."""
     (other := tmp_path / "other").mkdir()
 
@@ -149,12 +150,13 @@ def test_resume_refuses_another_window(sampled, tmp_path):
             torch.save(values, other / f"{i}.pt", _use_new_zipfile_serialization=False)
 
     def start(epochs, snapshots=other):
-        return digits_run("psgd", snapshots, "--resume", "auto", "--epochs", epochs, output=tmp_path / "out")
+        return digits_run("psgd", snapshots, "--resume", "auto", "--epochs", epochs, "--n_components", k,
+                          output=tmp_path / "out")
 
     change(0)
     start(1)
     finished = (tmp_path / "out" / "psgd_summary.json").stat().st_mtime_ns
-    change(0.1)
+    change(10)  # a share of the variance is then that of another number of directions
     for epochs in (1, 2):  # neither finished, nor to be resumed
         with pytest.raises(UserError, match="was made with different snapshots"):
             start(epochs)

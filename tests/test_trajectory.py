@@ -1,5 +1,6 @@
 """The trajectory seen from the subspace of its first epochs, against float64 by hand."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import plots
 import train_psgd
 import trajectory
 from dldr.errors import UserError
+from dldr.files import checksum
 from dldr.snapshots import load_window, snapshot_paths
 from dldr.subspace import flat_parameters
 
@@ -63,13 +65,33 @@ def test_the_surface_is_the_loss_at_its_points(sampled):
 def test_runs_in_other_directions_are_refused(sampled, tmp_path):
     argv = digits_args(sampled, "--output-dir", str(tmp_path), *FLAGS[6:10], "--epochs", "1", "--basis", "random")
     train_psgd.main(train_psgd.parse_args(argv))
-    with pytest.raises(UserError, match="has no theta in the principal directions"):
+    with pytest.raises(UserError, match="has no theta in this basis .--basis random, here pca"):
         trajectory.main(trajectory.parse_args([*FLAGS, "--save-dir", str(sampled), "--runs", str(tmp_path), "--figure",
                                                str(tmp_path / "t.png")]))
-    log = tmp_path / "psgd_log.jsonl"
-    log.write_text(log.read_text()[:-9])
-    with pytest.raises(UserError, match="psgd_log.jsonl is damaged"):
-        trajectory.read_path(log)
+
+
+def test_runs_of_other_snapshots_windows_and_damaged_logs_are_refused(sampled, tmp_path):
+    train_psgd.main(train_psgd.parse_args(
+        digits_args(sampled, "--output-dir", str(tmp_path), *FLAGS[6:10], "--epochs", "1")))
+    log, args = tmp_path / "psgd_log.jsonl", trajectory.parse_args([*FLAGS, "--save-dir", str(sampled)])
+    window = checksum(*snapshot_paths(sampled, range(4)))
+    assert len(trajectory.read_path(log, args, window)) == 2
+    with pytest.raises(UserError, match="of other snapshots"):
+        trajectory.read_path(log, args, "of another seed")
+    args.params_end = 5
+    with pytest.raises(UserError, match="--params_end 4, here 5"):
+        trajectory.read_path(log, args, checksum(*snapshot_paths(sampled, range(5))))
+    for damage in (lambda: (tmp_path / "psgd_args.json").unlink(), lambda: log.write_text(log.read_text()[:-9])):
+        damage()
+        with pytest.raises(UserError, match="psgd_log.jsonl.*missing or damaged"):
+            trajectory.read_path(log, args, window)
+
+
+def test_snapshots_that_span_too_little_are_refused(sampled, tmp_path):
+    for name, i in {"a1.pt": 0, "a2.pt": 1, "a3.pt": 1, "a4.pt": 2}.items():
+        shutil.copy(sampled / f"{i}.pt", tmp_path / name)
+    with pytest.raises(UserError, match="--n_components"):
+        trajectory.main(trajectory.parse_args([*FLAGS, "--n_components", "3", "--save-dir", str(tmp_path)]))
 
 
 def test_one_component_is_a_plane_too(sampled, tmp_path, monkeypatch):
