@@ -15,7 +15,7 @@ DASHES, MARKERS = ("-", "--", ":", "-."), "os^Dv"
 BAND = {"alpha": 0.15, "linewidth": 0}
 SHADE = {"color": "0.5", **BAND}  # the sampled window
 BEST = {"markersize": 9, "markerfacecolor": "none"}  # a best epoch is hollow
-CLOSE = 10  # percentage points below the best: what a close view shows
+CLOSE = 15  # percentage points below the best: what a close view shows
 
 # what a figure draws as one: summaries (with "log") that differ in their seed, or in what is on the x axis; the method
 # gives the colour
@@ -98,6 +98,17 @@ def elapsed(line):
     return before + logged(line, "seconds").cumsum(axis=1)
 
 
+def epochs(line):
+    """Epochs of training after each of the run's own, SGD's up to the end of the window included where it is known."""
+    return logged(line, "epoch") + [[run["window"][1] if run["window"] else 0] for run in line.runs]
+
+
+def within(ax, low, high):
+    """Show nothing of the y axis below `low` and above `high`, where a band of mean ± deviation may reach."""
+    bottom, top = ax.get_ylim()
+    ax.set_ylim(max(bottom, low), min(top, high))
+
+
 def curve(ax, x, y, style):
     """Mean and standard deviation of y (seeds, points) against the mean of x."""
     x, mean = np.mean(x, axis=0), np.mean(y, axis=0)
@@ -122,7 +133,7 @@ def accuracy(lines, title, untimed=""):
     curves, points = fig.subfigures(2, 1, height_ratios=(3.4, rows))
     axes, windows = panels(curves, 1 if untimed else 2), {}
     for line, style in styled(lines):
-        curve(axes[0], logged(line, "epoch"), logged(line, "test_accuracy"), style)
+        curve(axes[0], epochs(line), logged(line, "test_accuracy"), style)
         if not untimed:
             curve(axes[1], elapsed(line), logged(line, "test_accuracy"), style)
         for run in line.runs:
@@ -131,11 +142,12 @@ def accuracy(lines, title, untimed=""):
         axes[0].axvspan(*window, **SHADE)
         if not untimed:
             axes[1].axvspan(0, statistics.fmean(windows[window]), **SHADE)
-    texts = (("epoch of each method", "shaded: epochs of SGD that were sampled"),
-             ("seconds of training", "shaded: sampling, after which subspace methods start"))
-    for ax, (text, shaded) in zip(axes, texts, strict=False):
-        ax.set(ylabel="test accuracy (%)", xlabel=f"{text}\n({shaded})" if any(windows) else text)
-    fig.supxlabel(f"not against seconds, which are no measure: {untimed}" if untimed else "", fontsize=9, color="0.35")
+    for ax, text in zip(axes, ("epoch", "seconds of training"), strict=False):
+        ax.set(ylabel="test accuracy (%)", xlabel=text)
+        within(ax, -2, 102)
+    if any(windows):
+        curves.supxlabel("shaded: sampling by SGD, after which subspace methods start", fontsize=9, color="0.35")
+    fig.supxlabel(f"no panel against seconds: {untimed}" if untimed else "", fontsize=9, color="0.35")
     last_points(*panels(points, 1), lines)
     return fig
 
@@ -212,11 +224,13 @@ def noise(lines, title):
 
 def trials(lines, title):
     """Trials per step of P-BFGS and how many searches take their first trial, against epoch."""
-    texts = {"trials_per_step": "trials per step", "first_trial_accepted": "first trial accepted (% of steps)"}
-    for ax, (key, text) in zip(panels(figure(title), 2), texts.items(), strict=True):
+    texts = {"trials_per_step": ("trials per step", 0, 40),
+             "first_trial_accepted": ("first trial accepted (% of steps)", -2, 102)}
+    for ax, (key, (text, *limits)) in zip(panels(figure(title), 2), texts.items(), strict=True):
         for line, style in styled(lines):
             curve(ax, logged(line, "epoch"), logged(line, key), style)
         ax.set(xlabel="epoch of P-BFGS", ylabel=text)
+        within(ax, *limits)
     return legend(ax)
 
 
@@ -231,7 +245,7 @@ def plane(result):
         distance.plot(range(first, last + 1), result[f"distance_from_{key}"], dashes, color=COLOURS["SGD"], label=text)
     distance.axvspan(args["params_start"], args["params_end"] - 1, **SHADE)
     distance.set(xlabel="snapshot of SGD (shaded: the window of the basis)", ylabel="Euclidean distance of SGD")
-    distance.legend(frameon=False, fontsize=9, loc="center right")
+    distance.legend(frameon=False, fontsize=9)
     losses = np.maximum(result["losses"], 1e-6)
     levels = np.geomspace(losses.min(), losses.max(), 12)
     shown = surface.contourf(*result["axes"], losses, levels, cmap="Greys", alpha=0.5)

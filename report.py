@@ -164,9 +164,10 @@ def setting(run, x=None):
     ignored = {"randomseed", "save_dir", "n_components", x, *utils.changeable_flags()}
     processes = run["hardware"].get("processes") or 1  # each normalises its own part of a mini-batch
     return {"k": f"k = {k}" if k and x != "n_components" else "", "snapshots": snapshots(run),
-            "images": f"{100 * (args.get('smalldatasets') or 1):g}% of the images", "epochs": f"epochs {run['epochs']}",
+            "images": f"{100 * (args.get('smalldatasets') or 1):g}% of the images",
             "processes": f"{processes} processes" if processes > 1 else "",
-            **{key: f"{key} {args[key]}".replace("_", " ") for key in sorted(args) if key not in ignored}}
+            **{key: f"{key} {args[key]}".replace("_", " ") for key in sorted(args) if key not in ignored},
+            "epochs": f"epochs {run['epochs']}"}
 
 
 def named(runs, x=None):
@@ -236,9 +237,9 @@ def untimed(runs):
         return "the runs were made on different hardware"
     epochs = {name: [line["seconds"] for run in group for line in run["log"][1:]]  # a first one may be a warm-up
               for name, group in grouped(runs, method).items()}
-    texts = [f"{min(s):,.0f} to {max(s):,.0f} s ({name})" for name, s in epochs.items()
-             if s and max(s) > 2 * statistics.median(s)]  # other work ran beside them
-    return f"epochs took {', '.join(texts)}" if texts else ""
+    texts = [f"epochs of {name} took {min(s):,.0f} to {max(s):,.0f} s" for name, s in epochs.items()
+             if s and max(s) > 3 * min(s)]  # other work ran beside them
+    return ", ".join(texts)
 
 
 def seconds(group):
