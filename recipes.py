@@ -30,7 +30,7 @@ SETTINGS = {
     ("CIFAR10", "full"): CIFAR10,
     ("CIFAR10", "tenth"): CIFAR10._replace(  # with as many steps of P-BFGS as at full size
         data="--datasets CIFAR10 --smalldatasets 0.1", pbfgs="--epochs 98 --batch-size 512",
-        minutes={"sgd": 24, "psgd": 6, "pbfgs": 21}),
+        minutes={"sgd": 90, "psgd": 30, "pbfgs": 95}),
     ("CIFAR10", "cpu"): SMALL,
     ("CIFAR100", "full"): CIFAR10._replace(arch="resnet32", data="--datasets CIFAR100", sgd="--epochs 200", end=101,
                                            minutes={"sgd": 215, "psgd": 48, "pbfgs": 60}, gb=0.38),
@@ -54,7 +54,7 @@ SETTINGS = {
         window="--params_start 1 --params_step 2", minutes={}, gb=4.3),
     ("digits", "full"): CIFAR10._replace(
         arch="resnet8", data="--datasets digits", sgd="--epochs 60 --milestones 45",
-        pbfgs="--epochs 30 --batch-size 64", end=46, k=15, minutes={"sgd": 0.8, "psgd": 0.6, "pbfgs": 0.6}, gb=0.02),
+        pbfgs="--epochs 30 --batch-size 64", end=46, k=15, minutes={"sgd": 5, "psgd": 3, "pbfgs": 5}, gb=0.02),
 }
 
 # A run: script, the run whose snapshots it reads, flags. _endE and _kK after its name replace end and k.
@@ -104,12 +104,12 @@ TABLES = [  # name, setting, scales, label noise, seeds, runs
 ]
 ABOUT = {
     "demo": "the release's demo: SGD, P-BFGS and P-SGD under 20% label noise (CORRUPT=0: without)",
-    "quick": "the same on scikit-learn's digits, ResNet-8: 2 to 6 minutes, no download",
+    "quick": "the same on scikit-learn's digits, ResNet-8; no download",
     "cifar10": "SGD, Adam, P-SGD and P-BFGS",
     "cifar100": "the same on CIFAR-100; ResNet-32 (cpu: ResNet-8)",
     "noise": "P-SGD and P-BFGS against label noise",
     "dims": "P-SGD against the number of components",
-    "basis": "principal directions, plain and spherical, random ones, the span of snapshots",
+    "basis": "principal directions (tenth: spherical ones too), random ones, the span of snapshots",
     "sampling": "P-SGD against the window's end and density",
     "trajectory": "how far SGD strays from the subspace; the paths over the loss surface",
     "zoo": "SGD, P-BFGS and P-SGD of eleven other networks (MODELS) on CIFAR-100",
@@ -121,8 +121,8 @@ NEEDS = """
 Disk: the snapshots; beside them 5 GB for the packages, 0.4 GB for each CIFAR, 150 GB for ImageNet. Memory: at most 5 GB
 for CIFAR's ResNets at SCALE=full (P-BFGS at batch 1024), 3 GB at tenth and cpu; the others have not been measured.
 Hours: sums over single runs timed on two CPU cores. full: a Xeon with AMX and FLAGS=--half, P-BFGS in float32 (an EPYC
-in float32: about 4 for the demo); CIFAR-100 by its multiply-adds; others: an EPYC (transfer: beside
-other work). ?: not timed, needs a CUDA GPU."""
+in float32: about 4 for the demo); CIFAR-100 by its multiply-adds; others: an EPYC (tenth, transfer
+and quick: one thread, beside other work). ?: not timed, needs a CUDA GPU."""
 
 # ----------------------------------------------------------------------------------------------- from rows to commands
 
@@ -181,7 +181,8 @@ def publish(table, scale):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="recipes.py", usage="recipes.py list | table NAME | publish NAME")
+    parser = argparse.ArgumentParser(prog="recipes.py", usage="recipes.py list | table NAME | publish NAME",
+                                     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("list", "table", "publish"))
     parser.add_argument("table", nargs="?", default="")
     args, chosen = parser.parse_args(), env("SCALE", "full")

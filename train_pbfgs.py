@@ -1,8 +1,8 @@
 """Train a network inside the subspace of its SGD trajectory with projected BFGS (P-BFGS).
 
 Reads the snapshots --params_start to --params_end - 1 that train_sgd.py left in --save-dir, takes their first
---n_components principal directions, and trains from the first of them with BFGS and an Armijo line search on each
-mini-batch. With --alpha > 0 it also follows what the subspace leaves out of the gradient (P+-BFGS).
+--n_components principal directions, and trains from the first snapshot (--start) with BFGS and an Armijo line search on
+each mini-batch. With --alpha > 0 it also follows what the subspace leaves out of the gradient (P+-BFGS).
 Writes pbfgs_args.json, pbfgs_log.jsonl, pbfgs_checkpoint.pt, pbfgs_final.pt and pbfgs_summary.json.
 
 Example:

@@ -1,7 +1,7 @@
 """Train a network inside the subspace of its SGD trajectory with projected SGD (P-SGD).
 
 Reads the snapshots --params_start to --params_end - 1 that train_sgd.py left in --save-dir, takes their first
---n_components principal directions, and trains from the first of them, moving along these directions only.
+--n_components principal directions, and trains from the first snapshot (--start), moving along these directions only.
 Writes psgd_args.json, psgd_log.jsonl, psgd_checkpoint.pt, psgd_final.pt and psgd_summary.json.
 
 Example:

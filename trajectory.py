@@ -9,7 +9,7 @@ It also measures the loss over the first two components, and the paths there of 
 --runs (their logs hold theta). --figure draws it all; from the file of --json, report.py draws it again.
 
 Example:
-  python trajectory.py --datasets digits --arch resnet8 --save-dir runs/quick --params_end 46 --n_components 15 \
+  python trajectory.py --datasets digits --arch resnet8 --save-dir runs/quick --params_end 46 --n_components 15 \\
       --runs runs/quick --json runs/quick/trajectory.json --figure runs/quick/trajectory.png
 """
 import json

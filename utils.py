@@ -369,7 +369,7 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, subspace=True):
     changeable(train("--epochs", type=natural, default=epochs, metavar="N",
                      help="epochs in all (train_sgd.py on ImageNet: 90)"))
     train("--start-epoch", type=natural, default=0, metavar="N",
-          help="index of the first epoch, for schedule, order and names of snapshots; --resume knows its own")
+          help="index of the first epoch, for schedule, order and names of snapshots; set by --resume")
     train("-b", "--batch-size", type=count, default=batch_size, metavar="N",
           help="samples per mini-batch (train_sgd.py on ImageNet: 256)")
     train("--lr", "--learning-rate", type=nonnegative, default=lr, metavar="LR", help=lr_help)

@@ -1,7 +1,7 @@
 """A network for tabular data in one's own loop: SGD, then P-SGD and P-BFGS in the subspace of its trajectory.
 
 On scikit-learn's breast cancer data, 569 samples of 30 features, the last fifth for testing:
-  pip install . && python examples/tabular.py
+  pip install . scikit-learn && python examples/tabular.py
 """
 import copy
 

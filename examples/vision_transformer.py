@@ -1,7 +1,7 @@
 """A small vision transformer in one's own loop: SGD, then P-SGD and P-BFGS in the subspace of its trajectory.
 
-On 2,000 images of data/cifar10.npz, or on scikit-learn's digits where that is not there:
-  pip install . && python examples/vision_transformer.py
+On 2,000 images of data/cifar10.npz (docs/install.md), or on scikit-learn's digits where that is not there:
+  pip install . scikit-learn && python examples/vision_transformer.py
 """
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def main(file="data/cifar10.npz", epochs=20, k=20):
         model.load_state_dict(start)  # the next one starts where this one did
         return torch.stack(snapshots)
 
-    print("method    variables  epochs  test accuracy (%)")
+    print(f"{len(x):,} images\nmethod    variables  epochs  test accuracy (%)")
     P, _ = pca_basis(train("SGD", torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), epochs, 64), k)
     train("P-SGD", ProjectedSGD(model, P, lr=0.1), epochs // 2, 64)
     train("P-BFGS", ProjectedBFGS(model, P), epochs // 3, 256)
