@@ -107,7 +107,7 @@ fuzz.SNAPSHOTS 50
 fuzz.ARRAYS
 fuzz_pairs.STAGES
 fuzz_pairs.DIRECTORIES stages.test_a_finished_run
-stages.test_snapshots_of_another stages.test_starting_over stages.test_snapshots_left scripts.test_resume_refuses stages.test_over
+stages.test_snapshots_of stages.test_starting stages.test_snapshots_left stages.test_over scripts.test_resume_refuses
 folders.test_a_part folders.test_noise
 folders.test_16 folders.test_other_depths folders.test_npz folders.test_hidden folders.test_class
 folders.test_an folders.test_a_killed folders.test_a_small folders.test_a_low folders.test_a_limit folders.test_the
