@@ -245,7 +245,7 @@ def plane(result):
         distance.plot(range(first, last + 1), result[f"distance_from_{key}"], dashes, color=COLOURS["SGD"], label=text)
     distance.axvspan(args["params_start"], args["params_end"] - 1, **SHADE)
     distance.set(xlabel="snapshot of SGD (shaded: the window of the basis)", ylabel="Euclidean distance of SGD")
-    distance.legend(frameon=False, fontsize=9)
+    distance.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1))
     losses = np.maximum(result["losses"], 1e-6)
     levels = np.geomspace(losses.min(), losses.max(), 12)
     shown = surface.contourf(*result["axes"], losses, levels, cmap="Greys", alpha=0.5)
