@@ -136,6 +136,8 @@ def test_resume_ends_where_an_uninterrupted_run_does(sampled, tmp_path, method, 
     logs = [log_of(tmp_path / name, method, "seconds", "samples_per_second") for name in ("whole", "cut")]
     assert logs[0] == logs[1] and len(logs[0]) == 3
     assert len({summary["test_accuracy_best"] for summary in summaries}) == 1
+    trained = 4 if method == "psgd" else summaries[0]["parameters"]  # P+-BFGS moves all of them
+    assert [summary["parameters_trained"] for summary in summaries] == [trained, trained]
 
 
 @pytest.mark.parametrize("k", ["4", "0.9"])
