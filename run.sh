@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ./run.sh              the demo: SGD, then P-BFGS and P-SGD in the subspace of its trajectory, under 20% label noise
-# ./run.sh quick        the same on scikit-learn's digits: 10 to 19 minutes on one busy CPU core, no download but the packages
+# ./run.sh quick        the same on scikit-learn's digits: 10 to 19 minutes on one busy core, downloads packages only
 # ./run.sh table NAME   a table below, into runs/SCALE/tables/NAME
 # ./run.sh test [...]   the test suite; further arguments go to pytest
 # ./run.sh lint         ruff

@@ -134,9 +134,9 @@ def main(args):
     print(f"test accuracy: {accuracies['last_snapshot']:.2f}%; projected {accuracies['projected']:.2f}%, with its own "
           f"batch-norm statistics {accuracies['projected_own_statistics']:.2f}%")
 
-    lines = {"sgd": [path]}
+    lines, identity = {"sgd": [path]}, checksum(*paths)
     for method in ("psgd", "pbfgs"):
-        lines[method] = [read_path(file, args, checksum(*paths)) for directory in args.runs
+        lines[method] = [read_path(file, args, identity) for directory in args.runs
                          for file in sorted(Path(directory).rglob(f"{method}_log.jsonl"))]
     points = np.array([point for group in lines.values() for line in group for point in line])
     low, high = points.min(axis=0), points.max(axis=0)
@@ -156,10 +156,10 @@ def main(args):
     return result
 
 
-def read_path(file, args, window):
+def read_path(file, args, identity):
     """The first two coordinates of theta along the run of a log; the start is (0, 0).
 
-    Raises UserError unless they are in the basis that `args` name, of the snapshots with the checksum `window`.
+    Raises UserError unless they are in the basis that `args` name, of the snapshots with the checksum `identity`.
     """
     beside = [file.with_name(file.name.replace("log.jsonl", name)) for name in ("args.json", "summary.json")]
     try:
@@ -170,7 +170,7 @@ def read_path(file, args, window):
     ours = {"basis": "pca", "start": "first"} | {flag: getattr(args, flag) for flag in WINDOW}
     differ = [f"--{flag} {theirs[flag]}, here {value}" for flag, value in ours.items()
               if theirs.get(flag, value) != value]
-    if not differ and summary.get("snapshots_checksum", window) != window:
+    if not differ and summary.get("snapshots_checksum", identity) != identity:
         differ = ["of other snapshots than those in --save-dir"]
     if differ or not all("theta" in line for line in lines):
         raise UserError(f"--runs: {file} has no theta in this basis ({'; '.join(differ) or 'none in the log'})")

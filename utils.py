@@ -43,6 +43,7 @@ def run_stage(method, args, train):
         model = models.on_device(make_network(args, data), device, args.sync_bn)
     if args.evaluate:
         return evaluate_saved(run, args, data, model)
+    graphs.capturer(args.cuda_graphs, model, device)  # may refuse the flag, before --overwrite removes anything
     run.prepare_directory()  # not before: there may be no such data or network
     summary = train(run, args, data, model)
     print_next(run, args)

@@ -114,7 +114,7 @@ def load_file(path, what, mmap=False):
 def checksum(*paths):
     """Of a file by torch.save, from the checksums that its directory carries; of the whole file in another format.
 
-    Of several files it is one of theirs, of none None.
+    Of several files: a checksum of their checksums; of none: None.
     """
     if len(paths) != 1:
         return f"{zlib.crc32(repr([*map(checksum, paths)]).encode()):08x}" if paths else None

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from runs import digits_args, digits_run
+from runs import digits_args, digits_run, network
 from torch import nn
 
 import train_psgd
@@ -58,6 +58,8 @@ def test_overwriting_with_flags_that_are_refused_removes_nothing(sampled, tmp_pa
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     with pytest.raises(UserError, match="an epoch has"):
         sample(tmp_path / "run", "--overwrite", "--samples-per-epoch", 500)
+    with pytest.raises(UserError, match="--cuda-graphs on"):
+        sample(tmp_path / "run", "--overwrite", "--arch", network("stochastic_depth"), "--cuda-graphs", "on")
     with pytest.raises(UserError, match="were sampled otherwise"):
         digits_run("psgd", sampled, "--params_end", 4, "--n_components", 2, "--corrupt", 0.5, "--overwrite",
                    output=tmp_path / "run")
