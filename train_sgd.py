@@ -60,17 +60,17 @@ def sampling_iterations(iterations, samples):
 
 def make_optimizer(args, parameters):
     """A parameter without gradient does not move, under weight decay either."""
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    cuda = parameters[0].is_cuda
-    adam = torch.optim.Adam(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=cuda, capturable=cuda)
+    cuda = parameters[0].is_cuda  # fused: a step, and setting the gradients to zero, is one launch
+    kind, own = {"sgd": (torch.optim.SGD, {"momentum": args.momentum}),
+                 "adam": (torch.optim.Adam, {"capturable": cuda})}[args.optimizer]
+    optimizer = kind(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=cuda, **own)
 
-    @adam.register_load_state_dict_pre_hook
+    @optimizer.register_load_state_dict_pre_hook
     def keep_implementation(_, state):  # a checkpoint from another device has that device's
         for group in state["param_groups"]:
-            group.update(fused=cuda, capturable=cuda)
+            group.update({key: cuda for key in ("fused", "capturable") if key in group})
 
-    return adam
+    return optimizer
 
 
 def train(run, args, data, model):
