@@ -125,16 +125,17 @@ def test_tenth_is_the_papers_schedule():
                             "train_pbfgs.py": {"epochs": 98, "batch_size": 512, "params_end": 81}}[script])
 
 
-@pytest.mark.parametrize("table", ["cifar10", "noise", "dims", "basis", "trajectory"])
-def test_committed_results_are_of_these_recipes(table):
-    made = {}
-    for path in (ROOT / "results" / f"{table}-cpu").rglob("*_args.json"):
-        made["/".join(path.parts[-3:-1])] = json.loads(path.read_text())["args"]
-    runs = {directory: vars(args) for script, args, directory in parsed(table, "cpu") if script != "trajectory.py"}
-    assert runs.keys() == {f"runs/cpu/{directory}" for directory in made}
-    for directory, then in made.items():
-        now = runs[f"runs/cpu/{directory}"]
-        flags = now.keys() & then.keys() - {"save_dir", "conv_tf32", *utils.changeable_flags()}  # made on a CPU
+@pytest.mark.parametrize(("folder", "scale", "tables"), [
+    ("trajectory-cpu", "cpu", ["trajectory"]), ("transfer", "full", ["transfer"]), ("noise-tenth", "tenth", ["noise"]),
+    ("noise-tenth-h100", "tenth", ["noise", "cifar10"]), ("basis-tenth", "tenth", ["dims", "basis"])])
+def test_committed_results_are_of_these_recipes(folder, scale, tables):
+    runs = {directory: vars(args) for table in tables for script, args, directory in parsed(table, scale)
+            if script != "trajectory.py"}
+    made = list((ROOT / "results" / folder).rglob("*_args.json"))
+    assert len(made) >= 5
+    for path in made:
+        now, then = runs["/".join(["runs", scale, *path.parts[-3:-1]])], json.loads(path.read_text())["args"]
+        flags = now.keys() & then.keys() - {"save_dir", "conv_tf32", *utils.changeable_flags()}  # may be of a CPU
         assert len(flags) > 15 and {name: now[name] for name in flags} == {name: then[name] for name in flags}
 
 
