@@ -38,6 +38,7 @@ BASES = {"pca": "principal directions", "spherical": "principal directions, snap
          "random": "random directions", "snapshots": "span of snapshots"}
 TARGETS = Path(__file__).parent / "results" / "targets.json"
 BEFORE = {"basis": "pca", "start": "first"}  # what P-SGD and P-BFGS did before they had these flags
+NOT_RECORDED = {"sync_bn": False}  # in older records of sampling
 
 
 def parse_args(argv=None):
@@ -67,13 +68,15 @@ def find_runs(directories):
             summary = json.loads(path.read_text())
             log = [json.loads(line) for line in path.with_name(f"{stage}_log.jsonl").read_text().splitlines()]
             names = {key: plots.short(summary[key]) for key in ("dataset", "arch")}
-            args = summary["args"] if stage == "sgd" else {**BEFORE, **summary["args"]}
+            if stage != "sgd":
+                summary["args"] = {**BEFORE, **summary["args"]}
+            if summary.get("sampling"):
+                summary["sampling"] = {**NOT_RECORDED, **summary["sampling"]}
             if log and log[-1]["epoch"] != summary["epochs"]:
                 raise ValueError(f"the log ends at epoch {log[-1]['epoch']}, the run at {summary['epochs']}")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} and its {stage}_log.jsonl cannot be read: {error}") from error
-        runs.setdefault(json.dumps(summary, sort_keys=True),
-                        {**summary, **names, "args": args, "directory": path.parent, "log": log})
+        runs.setdefault(json.dumps(summary, sort_keys=True), {**summary, **names, "directory": path.parent, "log": log})
     if not runs:
         raise UserError(f"no *_summary.json below {' '.join(directories)}; a finished run writes one")
     return sorted(({**run, **sampling(run, runs.values())} for run in runs.values()), key=order)
@@ -173,16 +176,11 @@ def setting(run, x=None):
             "epochs": f"epochs {run['epochs']}"}
 
 
-def sampled_with(run):
-    """What is recorded of the sampling, but what was off: that may be newer than the run. None if nothing is."""
-    return run.get("sampling") and {key: value for key, value in run["sampling"].items() if value}
-
-
 def named(runs, x=None):
     """`plots.Line`s of the runs that differ in their seed only, or in the argument `x` too; no two of one name."""
     def experiment(run):
         data = {**run.get("data", {}), "labels": None}  # noisy ones differ by seed
-        return json.dumps([run["method"], setting(run, x), data, sampled_with(run)], sort_keys=True)
+        return json.dumps([run["method"], setting(run, x), data, run.get("sampling")], sort_keys=True)
 
     groups = list(grouped(runs, experiment).values())
     names = distinct([label(group[0]) for group in groups], [setting(group[0], x) for group in groups])
@@ -341,7 +339,7 @@ def bases(lines):
     def kind(line):
         run = line.runs[0]
         basis = run["args"].get("basis", "pca")
-        return BASES.get(basis, plots.short(basis)), snapshots(run), json.dumps(sampled_with(run), sort_keys=True)
+        return BASES.get(basis, plots.short(basis)), snapshots(run), json.dumps(run.get("sampling"), sort_keys=True)
 
     shown = [line for line in lines if (line.runs[0]["explained_variance"] or {}).get("total")]  # not of one snapshot
     groups = grouped(shown, kind)

@@ -60,15 +60,18 @@ def sampling_iterations(iterations, samples):
 
 def make_optimizer(args, parameters):
     """A parameter without gradient does not move, under weight decay either."""
-    cuda = parameters[0].is_cuda  # fused: a step, and setting the gradients to zero, is one launch
-    kind, own = {"sgd": (torch.optim.SGD, {"momentum": args.momentum}),
-                 "adam": (torch.optim.Adam, {"capturable": cuda})}[args.optimizer]
-    optimizer = kind(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=cuda, **own)
+    cuda = parameters[0].is_cuda
+    if args.optimizer == "sgd":  # not fused: that fails where a parameter gets its first gradient late
+        own = {"foreach": cuda}  # sets the gradients to zero in one launch, too
+        optimizer = torch.optim.SGD(parameters, args.lr, args.momentum, weight_decay=args.weight_decay, **own)
+    else:
+        own = {"fused": cuda, "capturable": cuda}
+        optimizer = torch.optim.Adam(parameters, args.lr, weight_decay=args.weight_decay, **own)
 
     @optimizer.register_load_state_dict_pre_hook
     def keep_implementation(_, state):  # a checkpoint from another device has that device's
         for group in state["param_groups"]:
-            group.update({key: cuda for key in ("fused", "capturable") if key in group})
+            group.update(own)
 
     return optimizer
 

@@ -173,7 +173,7 @@ def repetition(side, stage, args, directory):
 def measure(args, directory, save):
     """stage -> side -> what each timed repetition gave; and each basis's largest principal angle to a float64 SVD's.
 
-    save(stages, angles) follows each stage, so that a benchmark that is stopped keeps what it has measured.
+    save(stages, angles, complete) follows each stage, so that a benchmark that is stopped keeps what it has measured.
     """
     wanted = {stage: STAGES[stage][1].replace("half", "half" * args.half).split() for stage in args.stages}
     stages, angles, new = {}, {}, partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"), start)
@@ -186,14 +186,14 @@ def measure(args, directory, save):
     for stage, sides in wanted.items():
         runs = [{side: ask(side, stage) for side in sides} for _ in range(args.runs + 1)]
         stages[stage] = {side: [run[side] for run in runs[1:]] for side in sides}  # without the warm-up
-        save(stages, angles)
+        save(stages, angles, False)
         print(f"{stage}: done", file=sys.stderr, flush=True)
     X = torch.load(directory / "window.pt", weights_only=True).double()
     exact = torch.linalg.svd(X - X.mean(0), full_matrices=False)[2][:args.n_components]
     for path in sorted(directory.glob("basis*-*.pt")):
         Q = torch.linalg.qr(torch.load(path, weights_only=True).double().T)[0]
         angles[path.stem] = float(torch.linalg.matrix_norm(Q - exact.T @ (exact @ Q), 2).clamp(max=1).asin())
-    save(stages, angles)
+    save(stages, angles, True)
     return stages, angles
 
 
@@ -218,9 +218,13 @@ def main(args):
     device = utils.pick_device(args.device)
     args.samples = args.samples or (50_000 if device.type == "cuda" else 5_000)
     args.dataset = "CIFAR10" if (Path(args.data) / "cifar10.npz").is_file() else "digits"
+
+    def save(stages, angles, complete):
+        common.save(args.json, device, {"complete": complete, "settings": vars(args), "stages": stages,
+                                        "angles": angles})
+
     with tempfile.TemporaryDirectory(prefix="benchmark-") as directory:
-        stages, angles = measure(args, Path(directory), lambda stages, angles: common.save(
-            args.json, device, {"settings": vars(args), "stages": stages, "angles": angles}))
+        stages, angles = measure(args, Path(directory), save)
     print(f"{args.arch} on {device}, medians of {args.runs}, epochs of {args.samples:,} images of {args.dataset}\n")
     print(table(args, stages, targets=device.type == "cpu" and args.arch == "resnet20"), "\n")
     for side, runs in stages.get("pbfgs", {}).items():

@@ -1,6 +1,7 @@
 """Times ResNet-20's steps on a GPU, a JSON line each: `PYTHONPATH=. python results/h100/probe.py SECTION ...`
 
-Sections: info equal steps epoch parts profile. As it was run, less what is not reported; kept with its results only.
+Sections: info equal steps epoch parts profile. As it was run with revision b142a88 (whose SGD has
+no foreach=True), less variants of a step that are not in the product; kept with its results only.
 """
 import json
 import os
