@@ -165,6 +165,25 @@ def test_a_captured_step_is_a_bounded_number_of_nodes(kind, deterministic, monke
     assert 100 < passes <= 750 and 1 <= step <= 12
 
 
+def test_a_gpus_sgd_takes_first_gradients_that_come_late():
+    """As with stochastic depth, after other parameters have momentum."""
+    class OnGPU(torch.nn.Parameter):
+        is_cuda = True
+
+    ends = []
+    for kind in (OnGPU, torch.nn.Parameter):
+        parameters = [kind(torch.ones(3)), kind(torch.ones(2))]
+        optimizer = train_sgd.make_optimizer(train_sgd.parse_args([]), parameters)
+        for early_only in (True, False, False):
+            for p in parameters[:1] if early_only else parameters:
+                p.grad = torch.full_like(p, 0.5).as_subclass(torch.Tensor)
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(torch.cat([p.detach().as_subclass(torch.Tensor) for p in parameters]))
+        assert bool(optimizer.defaults["foreach"]) == (kind is OnGPU)
+    assert torch.equal(*ends) and (ends[0] != 1).all()
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_a_checkpoint_from_another_device_keeps_this_ones_kernels(tmp_path, kind):
     """As a CUDA run would have written it; capturable refuses a CPU."""
