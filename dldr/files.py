@@ -104,7 +104,7 @@ def load_file(path, what, mmap=False):
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"{what} {path} holds a pickled {refused[1]}; only tensors, numbers, strings, lists and "
                             "dicts are read: save its state_dict()") from error
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = re.split(r"\.\s|\n", str(error).strip())[0] or type(error).__name__
         raise UserError(f"{what} {path} cannot be read: {reason[:200]} (truncated, or not by torch.save?)") from error
     if not isinstance(value, dict):
         raise UserError(f"{what} {path} holds a {type(value).__name__}, not a dict")
