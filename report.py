@@ -38,7 +38,6 @@ BASES = {"pca": "principal directions", "spherical": "principal directions, snap
          "random": "random directions", "snapshots": "span of snapshots"}
 TARGETS = Path(__file__).parent / "results" / "targets.json"
 BEFORE = {"basis": "pca", "start": "first"}  # what P-SGD and P-BFGS did before they had these flags
-NOT_RECORDED = {"sync_bn": False}  # in older records of sampling
 
 
 def parse_args(argv=None):
@@ -71,7 +70,7 @@ def find_runs(directories):
             if stage != "sgd":
                 summary["args"] = {**BEFORE, **summary["args"]}
             if summary.get("sampling"):
-                summary["sampling"] = {**NOT_RECORDED, **summary["sampling"]}
+                summary["sampling"] = {**utils.NOT_RECORDED, **summary["sampling"]}
             if log and log[-1]["epoch"] != summary["epochs"]:
                 raise ValueError(f"the log ends at epoch {log[-1]['epoch']}, the run at {summary['epochs']}")
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -88,9 +87,11 @@ def sampling(run, runs):
     if run["method"] == "sgd":
         return {"window": None, "sampling_seconds": 0.0}
     facts = run.get("sampling") or {}
+    args = filled(run["args"])
+    same = {**{key: args[key] for key in ("randomseed", "corrupt", "smalldatasets")}, **facts}
     found = [sgd for sgd in runs if sgd["method"] == "sgd"
              and all(sgd[key] == run[key] for key in ("dataset", "arch", "parameters"))
-             and all(sgd["args"].get(key, facts[key]) == facts[key] for key in facts.keys() & {*utils.SAMPLING})
+             and all(filled(sgd["args"]).get(key, value) == value for key, value in same.items())
              and (sgd["args"]["save_dir"] == run["args"]["save_dir"] or sgd["directory"] == run["directory"])]
     args, log = (found[0]["args"], found[0]["log"]) if len(found) == 1 else (facts, [])
     epochs = [i / (args.get("samples_per_epoch") or 1) for i in utils.window_indices(run["args"])]
@@ -99,6 +100,11 @@ def sampling(run, runs):
     known = 0 < len(seconds) == end
     return {"window": (epochs[0], epochs[-1]) if known or facts else None,
             "sampling_seconds": sum(seconds) if known else None}
+
+
+def filled(args):
+    """`args` with the share of the training set as a number: all is 1."""
+    return {**args, "smalldatasets": args.get("smalldatasets") or 1.0}
 
 
 def order(run):

@@ -68,8 +68,12 @@ def snapshots(args):
     numbers = sorted(int(path.stem) for path in files if path.name == f"{path.stem}.pt" and path.stem.isdigit())
     consecutive = numbers and numbers[-1] - numbers[0] == len(numbers) - 1
     if consecutive or not files or (directory / "sgd_snapshots.json").is_file():
-        return (snapshot_paths(directory, window),
-                list(takewhile(Path.is_file, (directory / f"{i}.pt" for i in count(window.start)))))
+        paths = snapshot_paths(directory, window)
+        every = list(takewhile(Path.is_file, (directory / f"{i}.pt" for i in count(window.start))))
+        if (missing := window.start + len(every)) < numbers[-1]:
+            raise UserError(f"--save-dir {directory} has {numbers[-1]}.pt but no {missing}.pt: all from --params_start "
+                            f"{window.start} on are measured")
+        return paths, every
     files.sort(key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)])
     distributed.note(f"{directory} holds {len(files)} state dicts, 0 to {len(files) - 1} in this order: "
                      f"{files[0].name} ... {files[-1].name}")
@@ -164,14 +168,16 @@ def read_path(file, args, identity):
     beside = [file.with_name(file.name.replace("log.jsonl", name)) for name in ("args.json", "summary.json")]
     try:
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        theirs, summary = load_json(beside[0])["args"], load_json(beside[1]) or {}
+        record, summary = load_json(beside[0]), load_json(beside[1]) or {}
+        theirs, snapshots = record["args"], (summary | record).get("snapshots_checksum")
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"--runs: {file}, or {beside[0].name} beside it, is missing or damaged: {error}") from error
     ours = {"basis": "pca", "start": "first"} | {flag: getattr(args, flag) for flag in WINDOW}
     differ = [f"--{flag} {theirs[flag]}, here {value}" for flag, value in ours.items()
               if theirs.get(flag, value) != value]
-    if not differ and summary.get("snapshots_checksum", identity) != identity:
-        differ = ["of other snapshots than those in --save-dir"]
+    if not differ and snapshots != identity:
+        differ = [f"of {'other snapshots than' if snapshots else 'a run that has not recorded whether its were'} those "
+                  "in --save-dir"]
     if differ or not all("theta" in line for line in lines):
         raise UserError(f"--runs: {file} has no theta in this basis ({'; '.join(differ) or 'none in the log'})")
     return [[0.0, 0.0], *([*line["theta"], 0.0][:2] for line in lines)]

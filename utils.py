@@ -136,6 +136,7 @@ def subspace(run, args, data, model):
 
 SAMPLING = ("optimizer", "lr", "batch_size", "momentum", "weight_decay", "milestones", "accumulate", "half",
             "samples_per_epoch", "snapshot_dtype", "pretrained", "sync_bn")
+NOT_RECORDED = {"sync_bn": False}  # in older records of sampling
 MISMATCHES = ("datasets", "arch", "smalldatasets", "corrupt", "labels", "content")
 
 
@@ -164,7 +165,7 @@ def check_sampling(args, data):
         distributed.note(f"{directory} has no sgd_args.json: data and network of its snapshots are not compared with "
                          "these flags")
         return None
-    then, now = ({**flags, "smalldatasets": flags.get("smalldatasets") or 1.0}
+    then, now = ({**NOT_RECORDED, **flags, "smalldatasets": flags.get("smalldatasets") or 1.0}
                  for flags in (record["args"], vars(args)))
     allowed = set(getattr(args, "allow_mismatch", ()))
 
@@ -244,8 +245,11 @@ def run_script(parse_args, main):
         if not error.filename:
             raise
         fail(f"error: {one_line(error.filename)}: {error.strerror}")
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
+        if reason.startswith("Expected more than 1 value per channel"):
+            fail(f"error: batch norm cannot normalise a mini-batch, or a process's part of it, of one sample: choose "
+                 f"another --batch-size ({reason})")
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in reason:
             fail(f"error: out of memory: try a smaller --batch-size, with --accumulate ({reason})")
         if "deterministic" in reason:
@@ -457,6 +461,8 @@ def check_args(parser, args):
         parser.error("--sync-bn: torch has it for GPUs only; leave it out here")
     if args.overwrite and args.resume:
         parser.error("--overwrite starts over, --resume does not: give one of them")
+    if 0 < args.epochs <= args.start_epoch:
+        parser.error(f"--start-epoch {args.start_epoch} leaves none of --epochs {args.epochs}")
     if args.smalldatasets == 0:
         parser.error("--smalldatasets 0 leaves no training sample")
     if "n_components" in args and not args.evaluate:
@@ -464,6 +470,8 @@ def check_args(parser, args):
         pca = args.basis in ("pca", "spherical")
         if args.basis not in BASES and not os.path.isfile(args.basis):
             parser.error(f"--basis {args.basis}: not one of {', '.join(BASES)}, and there is no such file")
+        if args.save_basis and len({os.path.realpath(path) for path in (args.basis, args.save_basis)}) == 1:
+            parser.error(f"--save-basis {args.save_basis} would replace the file of --basis")
         if args.shard_basis == "on" and not pca:
             parser.error(f"--shard-basis on goes with --basis pca or spherical, not {args.basis}")
         if args.n_components < 1 and not pca:

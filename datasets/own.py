@@ -54,6 +54,9 @@ def check_own(arrays, classes, where, augment=""):
     """Source and arrays of what a user's file holds; classes None: as many as y_train has."""
     try:
         arrays = [np.asarray(array) for array in arrays]
+        with np.errstate(over="ignore"):  # too large for float32 is not finite
+            arrays = [np.require(x, np.float32 if x.dtype.kind == "f" else x.dtype.newbyteorder("="), "CW")
+                      for x in arrays]  # as torch takes them: in native order, without negative strides, writable
     except (TypeError, ValueError) as error:  # lists of several lengths, tensors on a GPU
         raise UserError(f"{where}: what should be x_train, y_train, x_test, y_test is no array: {error}") from error
     arrays = x_train, y_train, _, _ = [x[..., None] if x.dtype == np.uint8 and x.ndim == 3 else x for x in arrays]
@@ -69,7 +72,7 @@ def check_own(arrays, classes, where, augment=""):
     if images:
         statistics = moments(x_train[i : i + 1000] for i in range(0, len(x_train), 1000))
         return Source(classes, *statistics, None, augment), arrays
-    return Source(classes, None, None, None, ""), [x.astype(np.float32) if x.dtype.kind == "f" else x for x in arrays]
+    return Source(classes, None, None, None, ""), arrays
 
 
 def check_classes(classes, where):

@@ -87,6 +87,7 @@ class Run:
         | empty                  | start                       | start                      | start       |
         | finished, same flags   | refused, names both flags   | nothing to do: the summary | start over  |
         | unfinished, same flags | refused, names both flags   | resume                     | start over  |
+        | results, no checkpoint | refused, names both flags   | refused, unless finished   | start over  |
         | other flags            | refused, names differences  | refused                    | start over  |
 
         Starting over removes what lies there first. --resume PATH starts from that checkpoint, where --resume auto
@@ -107,6 +108,10 @@ class Run:
             raise UserError(f"{self.directory} holds {state} {self.method} run with these flags; {keep} it with "
                             f"--resume auto, start over with --overwrite, or choose another {self.flag}")
         if not finished:
+            results = self.path("final.pt").is_file() or summary is not None
+            if results and self.args["resume"] == "auto" and not self.checkpoint_to_resume():
+                raise UserError(f"{self.directory} holds results of a {self.method} run, but no checkpoint to resume "
+                                f"it from: start over with --overwrite, or choose another {self.flag}")
             return True
         facts = data_facts()
         self.check_data(self.path("summary.json"), summary.get("data", facts), facts)
@@ -211,7 +216,8 @@ class Run:
             last = first * self.args["samples_per_epoch"]  # later ones are written again, maybe with other bits
             save_json(self.path("snapshots.json"), {i: value for i, value in known.items() if int(i) <= last})
             self.remove("|".join(rf"{i}\.pt" for i in known if int(i) > last))
-        save_json(self.path("args.json"), {"command": command_line(), "args": self.args, "data": self.facts["data"]})
+        save_json(self.path("args.json"), {"command": command_line(), "args": self.args, "data": self.facts["data"],
+                                           "snapshots_checksum": self.facts["snapshots_checksum"]})
         for name in ("summary.json", "final.pt") if distributed.rank() == 0 else ():
             self.path(name).unlink(missing_ok=True)  # they would not go with the new log
         self.write_log()

@@ -226,6 +226,8 @@ def fit(run, loop, data, *, schedule=None, after_iteration=None, progress=None) 
                     test = evaluate(model, signals.watch(data.test.epoch(0), equal=False), loop.half, loop.top5)
                 if not math.isfinite(test["loss"]):  # where the last step of the epoch was the fatal one
                     raise FloatingPointError(f"the test loss is {test['loss']} after the last iteration")
+                statistics = optimizer.statistics() if hasattr(optimizer, "statistics") else {}
+                run.log_epoch(epoch, lr, train, test, run.seconds["train"] - before, statistics)
             except Stopped as stop:
                 path = run.save("checkpoint.pt", good)
                 raise Stopped(stop.number, f"in epoch {epoch + 1}; the state before it is in {path}; to resume, repeat "
@@ -240,8 +242,6 @@ def fit(run, loop, data, *, schedule=None, after_iteration=None, progress=None) 
                 with contextlib.suppress(UserError):  # and the error, if the disk was the reason
                     run.save("checkpoint.pt", good)
                 raise
-            statistics = optimizer.statistics() if hasattr(optimizer, "statistics") else {}
-            run.log_epoch(epoch, lr, train, test, run.seconds["train"] - before, statistics)
             if schedule:
                 scheduler.step()
             good = run.state(epoch + 1, model, optimizer)

@@ -114,7 +114,7 @@ def load_file(path, what, mmap=False):
 def checksum(*paths):
     """Of a file by torch.save, from the checksums that its directory carries; of the whole file in another format.
 
-    Of several files: a checksum of their checksums; of none: None.
+    Of several files: a checksum of their checksums; of none: None. Raises UserError if a directory is damaged.
     """
     if len(paths) != 1:
         return f"{zlib.crc32(repr([*map(checksum, paths)]).encode()):08x}" if paths else None
@@ -122,8 +122,11 @@ def checksum(*paths):
     if not zipfile.is_zipfile(path):
         with open(path, "rb") as file:
             return f"{zlib.crc32(file.read()):08x}"
-    with zipfile.ZipFile(path) as archive:
-        entries = [(entry.filename, entry.CRC) for entry in archive.infolist()]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [(entry.filename, entry.CRC) for entry in archive.infolist()]
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} cannot be read: {error} (damaged?)") from error
     return f"{zlib.crc32(repr(entries).encode()):08x}"
 
 

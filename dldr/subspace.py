@@ -122,7 +122,7 @@ def pca_basis(window: Tensor, k: int | float, *, spherical: bool = False, group=
     centre = torch.eye(n, dtype=torch.float64) - 1 / n
     variance, U = torch.linalg.eigh(centre @ gram.cpu() @ centre)  # ascending; U (n, n)
     variance = variance.flip(0).clamp(min=0)
-    rank = int((variance > 1e-13 * variance[0]).sum()) if variance[0] > 0 else 0
+    rank = int((variance > 1e-11 * variance[0]).sum()) if variance[0] > 0 else 0  # below, rounding skews the rows
     shares = variance / variance.sum()
     if k < 1:
         k = min(int((shares.cumsum(0) <= k).sum()) + 1, n - 1)

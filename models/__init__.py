@@ -12,6 +12,7 @@ from torch import nn
 from dldr import distributed, userfile
 from dldr.errors import UserError
 from dldr.files import load_file, load_model
+from dldr.subspace import trainable
 
 FAMILIES = {  # file: its names; imported only when one of them is asked for
     "resnet_cifar": "resnet8 resnet20 resnet32 resnet44 resnet56 resnet110 resnet1202",
@@ -83,6 +84,10 @@ def check_output(model, arch, num_classes, x):
     found = f"{tuple(out.shape)} logits" if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
     if found != f"({len(x)}, {num_classes}) logits":
         raise UserError(f"--arch {arch}: for {len(x)} samples and {num_classes} classes the network returned {found}")
+    kinds = {str(p.dtype) for p in trainable(model)}
+    if kinds != {"torch.float32"}:
+        raise UserError(f"--arch {arch}: the trainable parameters are {' and '.join(sorted(kinds)) or 'none'}; the "
+                        "scripts train float32 ones, with --half in bfloat16 passes")
 
 
 def on_device(model, device, sync_bn=False):

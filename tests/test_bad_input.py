@@ -5,16 +5,18 @@ import resource
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import packages
 
 import pytest
 import torch
 from runs import ROOT, SCRIPTS, digits_run, log_of, same, state
+from torch import nn
 
 import utils
 from dldr.errors import UserError
-from dldr.files import save_tensors
+from dldr.files import load_file, save_tensors
 
 
 @pytest.mark.parametrize("method, flags, message", [
@@ -34,10 +36,12 @@ from dldr.files import save_tensors
     ("sgd", "--device cuda:99", "--device cuda:99"),
     ("sgd", "--smalldatasets 0", "--smalldatasets 0"),
     ("sgd", "--randomseed 5000000000", "--randomseed: 5000000000 is not"),
+    ("sgd", "--start-epoch 3 --epochs 3", "--start-epoch 3 leaves none of --epochs 3"),
     ("sgd", "--overwrite --resume auto", "--overwrite starts over, --resume does not"),
     ("sgd", "--pretrained", "--pretrained: there are no weights for --datasets CIFAR10"),
     ("psgd", "--allow-mismatch arch,lr", "--allow-mismatch: lr not in datasets, arch"),
     ("psgd", "--basis nowhere.pt", "--basis nowhere.pt: not one of pca, spherical, random, snapshots, and"),
+    ("psgd", f"--basis {__file__} --save-basis {__file__}", "would replace the file of --basis"),
     ("psgd", "--n_components 0.9 --basis random", "--n_components 0.9: a share of the variance goes with --basis"),
     ("psgd", "--n_components 0", "--n_components: 0 is not a whole number from 1"),
     ("psgd", "--n_components 1.5", "--n_components: 1.5 is not a whole number from 1, or a fraction"),
@@ -87,6 +91,16 @@ def test_hostile_snapshots_run_no_code(copied, tmp_path, save):
     with pytest.raises(UserError, match=r"3\.pt (cannot be read: \S+|holds a pickled _?io.open; only tensors)"):
         digits_run("psgd", copied)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_snapshot_damaged_where_its_checksums_are_is_named(sampled, copied, tmp_path):
+    digits_run("psgd", copied, "--epochs", 1, output=tmp_path)
+    data = bytearray((copied / "3.pt").read_bytes())
+    data[data.rindex(b"PK\1\2") + 1] ^= 1
+    (copied / "3.pt").write_bytes(data)
+    for more in ([], ["--resume", "auto"]):
+        with pytest.raises(UserError, match=r"3\.pt cannot be read: Bad magic number for central directory"):
+            digits_run("psgd", copied, "--epochs", 1, *more, output=tmp_path)
 
 
 def test_hostile_checkpoint_is_refused(tmp_path, sampled):
@@ -186,6 +200,33 @@ def test_messages_are_one_line(monkeypatch, capsys):
         utils.run_script(lambda: None, main)
     assert stop.value.code == 1
     assert capsys.readouterr().err == "train_sgd.py: error: first second\\x1b[2J third \\udcff\n"
+
+
+def test_a_mini_batch_of_one_sample_is_one_line(monkeypatch, capsys):
+    def main(args):
+        nn.BatchNorm1d(3)(torch.zeros(1, 3))
+
+    monkeypatch.setattr(sys, "argv", ["train_sgd.py"])
+    with pytest.raises(SystemExit):
+        utils.run_script(lambda: None, main)
+    err = capsys.readouterr().err
+    assert err.startswith("train_sgd.py: error: batch norm cannot normalise a mini-batch") and err.count("\n") == 1
+
+
+def test_a_closed_pipe_costs_no_epoch_but_the_last(sampled, tmp_path, monkeypatch):
+    """What cannot be printed any more has been trained; checkpoints are due every ten epochs."""
+    monkeypatch.setattr("builtins.print", partial(pipe_that_closes, print, "3/5"))
+    with pytest.raises(BrokenPipeError):
+        digits_run("psgd", sampled, "--epochs", 5, output=tmp_path)
+    monkeypatch.undo()
+    assert load_file(tmp_path / "psgd_checkpoint.pt", "checkpoint")["epoch"] == 2
+    assert digits_run("psgd", sampled, "--epochs", 5, "--resume", "auto", output=tmp_path)["epochs"] == 5
+
+
+def pipe_that_closes(write, at, *words, **options):
+    if any(at in str(word) for word in words):
+        raise BrokenPipeError
+    write(*words, **options)
 
 
 def ended(*commands, **options):

@@ -72,6 +72,20 @@ def test_more_components_than_there_are_directions_are_refused(window, k, messag
         pca_basis(window.clone(), k)
 
 
+@pytest.mark.parametrize("ratio", [1e-4, 1e-5, 1e-6, 1e-7])
+def test_directions_of_rounding_alone_are_refused(ratio):
+    """The rows of P are orthonormal, or there is none: the least direction has this share of the largest's length."""
+    torch.manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(2000, 3, dtype=torch.float64)).Q.T
+    window = (torch.randn(8, 3, dtype=torch.float64) * torch.tensor([1, 0.5, ratio]) @ Q).float()
+    try:
+        P, _ = pca_basis(window, 3)
+    except ValueError as error:
+        assert ratio < 1e-5 and "2 directions" in str(error)
+    else:
+        assert ratio > 1e-6 and (P @ P.T - torch.eye(3)).abs().max() < 1e-3
+
+
 def test_the_directions_of_a_snapshot_of_zeros_are_refused():
     with pytest.raises(ValueError, match="a snapshot is zero everywhere: spherical PCA divides by its norm"):
         pca_basis(torch.cat([torch.zeros(1, 50), torch.randn(4, 50)]), 2, spherical=True)

@@ -46,6 +46,14 @@ def sets():
 def flat_net(num_classes):
     return nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, num_classes))
 
+def frozen_net(num_classes):
+    return flat_net(num_classes).requires_grad_(False)
+
+def mixed_net(num_classes):
+    net = flat_net(num_classes)
+    net.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    return net
+
 def image_net(num_classes):
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(320, num_classes))
 """
@@ -81,6 +89,21 @@ def test_functions_return_arrays_or_datasets(own):
     assert x.dtype == torch.float32 and torch.equal(x, torch.tensor(module["X"][40:, 0] / 100).float())
     assert torch.equal(epoch(sets.test)[0][:, 0], torch.tensor(module["X"][40:] / 100).float())
     assert torch.equal(y, torch.tensor(module["Y"][40:])) and torch.equal(epoch(sets.test)[1], y)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["np.uint8", "np.float64"])
+def test_arrays_may_be_views_of_any_byte_order(own, kind):
+    views = own(f"""
+import numpy as np
+X, Y = np.arange(4 * 75).reshape(4, 5, 5, 3).astype({kind}), np.array([0, 1, 0, 1])
+X.flags.writeable = False
+def plain(): return X[..., ::-1].copy(), Y, X[::-1].copy(), Y[::-1].copy(), 2
+def views(): return X[..., ::-1], Y.astype(">i8"), X[::-1].astype(X.dtype.newbyteorder(">")), Y[::-1], 2
+""")
+    sets = [load(f"{views}:{name}") for name in ("plain", "views")]
+    pairs = [[*epoch(data.train), *epoch(data.test)] for data in sets]
+    assert all(torch.equal(a, b) for one, other in zip(*pairs, strict=True) for a, b in zip(one, other, strict=True))
 
 
 def test_items_of_a_dataset_are_drawn_by_seed_and_epoch(own):
@@ -251,15 +274,16 @@ BAD = {
     "channels": (returning("np.zeros((4, 5, 5, 2), np.uint8), Y, X, Y, 2"), r"x_train must be .*, not \(4, 5, 5, 2\)"),
     "dtype": (returning("X.astype(int), Y, X, Y, 2"), r"x_train must be .*, not \(4, 5, 5\) int64"),
     "range": (returning("X // 200, Y, X, Y, 2"), "x_train must hold pixels of 0 to 255; its largest is 0"),
+    "too large": (returning("X * 1e40, Y, X / 1, Y, 2"), "x_train holds NaN or infinite"),
     "infinite": (returning("X / 0.0, Y, X / 1, Y, 2", "np.seterr(all='ignore')"), "x_train holds NaN or infinite"),
     "test unlike training": (returning("X, Y, X[:, :4], Y, 2"), r"x_test must be like x_train, \(5, 5, 1\) uint8, not"),
     "number of labels": (returning("X, Y[:3], X, Y, 2"), r"y_train must be \(4,\) integer, not \(3,\) int64"),
-    "dtype of labels": (returning("X, Y, X, Y / 1, 2"), r"y_test must be \(4,\) integer, not \(4,\) float64"),
+    "dtype of labels": (returning("X, Y, X, Y / 1, 2"), r"y_test must be \(4,\) integer, not \(4,\) float32"),
     "label out of range": (returning("X, Y, X, Y + 1, 2"), "y_test must hold labels 0 to 1, not 1 to 2"),
     "no samples": (returning("X, Y, X[:0], Y[:0], 2"), "y_test must hold labels 0 to 1, not none"),
     "classes": (returning("X, Y, X, Y, 2.5"), "number of classes must be an integer of at least 2, not 2.5"),
     "augmentation": (returning("X, Y, X, Y, 2, 'rotate'"), "augmentation must be 'flip', .*; it is 'rotate', of uint8"),
-    "augmented floats": (returning("X / 1, Y, X / 1, Y, 2, 'flip'"), "it is 'flip', of float64 arrays"),
+    "augmented floats": (returning("X / 1, Y, X / 1, Y, 2, 'flip'"), "it is 'flip', of float32 arrays"),
     "ragged": (returning("[[1], [1, 2]], Y, X, Y, 2"), "what should be x_train, y_train, x_test, y_test is no array"),
     "no Dataset": (returning("3, 4, 2"), "the training set must be a Dataset with a length and items, not int"),
     "empty Dataset": (returning("[], [], 2"), "the training set must be a Dataset .* not list of length 0"),
@@ -309,6 +333,8 @@ def test_files_that_do_not_exist(name, message):
 @pytest.mark.parametrize(("function", "network", "message"), [
     ("grey", "resnet8", r"--arch resnet8 does not take a mini-batch \(2, 1, 12, 10\) torch.float32 of --datasets: "),
     ("tabular", "FILE:image_net", r"--arch \S+ does not take a mini-batch \(2, 10\) torch.float32 of --datasets: "),
+    ("tabular", "FILE:frozen_net", "--arch .*: the trainable parameters are none; the scripts train float32 ones"),
+    ("tabular", "FILE:mixed_net", "--arch .*: the trainable parameters are torch.float32 and torch.float64; the"),
 ])
 def test_networks_that_do_not_fit_the_data(own, tmp_path, function, network, message):
     file = own(FILE)

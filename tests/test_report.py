@@ -233,6 +233,17 @@ def test_a_sampling_run_counts_if_no_other_can_be_it(runs, tmp_path):
         runs / "sgd_log.jsonl").read_text().splitlines()))] * 2
 
 
+@pytest.mark.parametrize(("flag", "value"), [("randomseed", 2), ("corrupt", 0.5), ("smalldatasets", 0.5)])
+def test_the_seconds_of_another_sampling_run_do_not_count(runs, tmp_path, flag, value):
+    """SGD started over in the directory, with other flags than the P-SGD run beside it."""
+    shutil.copytree(runs, tmp_path / "runs")
+    path = tmp_path / "runs" / "sgd_summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps({**summary, "args": {**summary["args"], flag: value}}))
+    (run,) = (run for run in report.find_runs([tmp_path]) if run["method"] == "psgd")
+    assert run["sampling_seconds"] is None
+
+
 def test_runs_that_have_not_ended_are_listed(runs, tmp_path, capsys):
     shutil.copytree(runs, tmp_path / "runs")
     (tmp_path / "runs" / "psgd_summary.json").unlink()

@@ -52,6 +52,17 @@ def test_starting_over_removes_what_the_script_has_written_and_no_more(tmp_path)
     assert sorted(json.loads((tmp_path / "sgd_snapshots.json").read_text())) == ["0", "1", "2"]
 
 
+def test_results_without_their_checkpoint_are_not_trained_over(tmp_path):
+    """Somebody has removed the large file; more epochs would start from nothing."""
+    sample(tmp_path, epochs=2)
+    (tmp_path / "sgd_checkpoint.pt").unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="holds results of a sgd run, but no checkpoint to resume it from: start"):
+        sample(tmp_path, "--resume", "auto", epochs=3)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    sample(tmp_path, "--resume", "auto", epochs=2)  # finished as it is
+
+
 def test_overwriting_with_flags_that_are_refused_removes_nothing(sampled, tmp_path):
     shutil.copytree(sampled, tmp_path / "run")
     in_subspace(sampled, tmp_path / "run")

@@ -78,6 +78,10 @@ def test_runs_of_other_snapshots_windows_and_damaged_logs_are_refused(sampled, t
     assert len(trajectory.read_path(log, args, window)) == 2
     with pytest.raises(UserError, match="of other snapshots"):
         trajectory.read_path(log, args, "of another seed")
+    (tmp_path / "psgd_summary.json").unlink()  # as in a run that has not ended
+    assert len(trajectory.read_path(log, args, window)) == 2
+    with pytest.raises(UserError, match="of other snapshots"):
+        trajectory.read_path(log, args, "of another seed")
     args.params_end = 5
     with pytest.raises(UserError, match="--params_end 4, here 5"):
         trajectory.read_path(log, args, checksum(*snapshot_paths(sampled, range(5))))
@@ -85,6 +89,15 @@ def test_runs_of_other_snapshots_windows_and_damaged_logs_are_refused(sampled, t
         damage()
         with pytest.raises(UserError, match="psgd_log.jsonl.*missing or damaged"):
             trajectory.read_path(log, args, window)
+
+
+@pytest.mark.parametrize("missing", [2, 4])
+def test_a_gap_in_the_snapshots_is_named(sampled, tmp_path, missing):
+    shutil.copytree(sampled, tmp_path / "run")
+    (tmp_path / "run" / f"{missing}.pt").unlink()
+    with pytest.raises(UserError, match=rf"has 5\.pt but no {missing}\.pt"):
+        trajectory.main(trajectory.parse_args([*FLAGS, "--params_end", "6", "--params_step", "2", "--params_start",
+                                               "1", "--save-dir", str(tmp_path / "run")]))
 
 
 def test_snapshots_that_span_too_little_are_refused(sampled, tmp_path):
