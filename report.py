@@ -88,7 +88,8 @@ def sampling(run, runs):
         return {"window": None, "sampling_seconds": 0.0}
     facts = run.get("sampling") or {}
     args = filled(run["args"])
-    same = {**{key: args[key] for key in ("randomseed", "corrupt", "smalldatasets")}, **facts}
+    same = {"randomseed", "corrupt", "smalldatasets"} - {*args.get("allow_mismatch", ())}  # which older facts lack
+    same = {**{key: args[key] for key in same}, **facts}
     found = [sgd for sgd in runs if sgd["method"] == "sgd"
              and all(sgd[key] == run[key] for key in ("dataset", "arch", "parameters"))
              and all(filled(sgd["args"]).get(key, value) == value for key, value in same.items())
