@@ -40,6 +40,9 @@ def run_stage(method, args, train):
                     timeout=args.timeout)
     with run.timer("load"):
         data = load_data(args, device)
+        if not distributed.agree(data.facts):
+            raise UserError("the processes find different data: --data and --datasets must hold the same on all "
+                            "machines, and a FILE.py must not draw its split anew each time")
         model = models.on_device(make_network(args, data), device, args.sync_bn)
     if args.evaluate:
         return evaluate_saved(run, args, data, model)

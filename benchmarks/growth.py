@@ -17,6 +17,7 @@ gradients and a few vectors more. Where P fits in the largest cache (starred) a 
 Example:
   python benchmarks/growth.py --json results/cost-growth/growth.json > results/cost-growth/table.md
 """
+import atexit
 import json
 import sys
 import tempfile
@@ -70,6 +71,12 @@ def measure(device, D, n, k, gib, **_):
     row, times, sharded = {**rates(device), "seconds": {}, "memory": {}}, [], distributed.world_size() > 1
     model = torch.nn.ParameterList([torch.zeros(D, device=device)])
     paths = [Path(tempfile.gettempdir(), f"growth{i}.pt") for i in range(n)]  # on rank 0's machine, TMPDIR moves them
+
+    def clear():
+        for path in paths if distributed.rank() == 0 else ():
+            path.unlink(missing_ok=True)
+
+    atexit.register(clear)
     for path in paths if gib and distributed.rank() == 0 else ():
         model[0].data += torch.randn_like(model[0])
         torch.save(model.state_dict(), path)
@@ -106,8 +113,7 @@ def measure(device, D, n, k, gib, **_):
             model[0].grad.mul_(0.5)  # y^T s > 0 (y = -g / 2, s = -B g), so P-BFGS skips no update
         row["seconds"][method] = times[2:]  # P-BFGS updates B from its second step on
         row["memory"][method] = extra()
-    for path in paths if distributed.rank() == 0 else ():
-        path.unlink(missing_ok=True)
+    clear()
     return row
 
 

@@ -11,6 +11,7 @@ import multiprocessing.connection
 import multiprocessing.queues
 import operator
 import os
+import random
 import resource
 import shutil
 import signal
@@ -174,6 +175,21 @@ class Checked:
         return x, label
 
 
+@contextlib.contextmanager
+def seeded(number):
+    """Inside, the generators of torch (on the CPU), numpy and Python start from `number`; then they go on as before."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(number)  # the CPU's only: a CUDA generator may be drawing dropout
+        np.random.seed(number % 2**32)
+        random.seed(number)
+        try:
+            yield
+        finally:
+            np.random.set_state(of_numpy)
+            random.setstate(of_python)
+
+
 class Drawn(torch.utils.data.Dataset):
     """Items `kept` of a Dataset, indexed by (i, draw): what is random in one is a function of `draw`, in any worker.
 
@@ -189,8 +205,7 @@ class Drawn(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         index, draw = key
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(draw)  # the CPU's only: a CUDA generator may be drawing dropout
+        with seeded(draw):
             x, label = self.dataset[int(self.kept[index])]
         return x, label if self.labels[index] < 0 else int(self.labels[index])
 

@@ -28,7 +28,8 @@ def read(name):
         value, imports = userfile.call(name, "--datasets")
     value = value if isinstance(value, (tuple, list)) else (value,)
     if len(value) == 3:
-        return None, own_datasets(*value, where, imports)
+        with torch.random.fork_rng(devices=[]):  # items may draw, too
+            return None, own_datasets(*value, where, imports)
     if len(value) not in (5, 6):
         kinds = ", ".join(type(item).__name__ for item in value)
         raise UserError(f"{where}: the function must return x_train, y_train, x_test, y_test, classes (and maybe an "

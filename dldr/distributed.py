@@ -13,6 +13,7 @@ import datetime
 import inspect
 import os
 import sys
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -126,6 +127,12 @@ def all_reduce_max(number: int) -> int:
     x = torch.tensor(number)
     dist.all_reduce(x, dist.ReduceOp.MAX)
     return int(x)
+
+
+def agree(value) -> bool:
+    """Whether `value`, numbers and strings in dicts or lists, is the same on all ranks."""
+    number = zlib.crc32(repr(value).encode())
+    return all_reduce_max(number) == -all_reduce_max(-number)
 
 
 def broadcast(x: Tensor) -> Tensor:

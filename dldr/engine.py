@@ -205,7 +205,7 @@ def fit(run, loop, data, *, schedule=None, after_iteration=None, progress=None) 
     model, optimizer = loop.model, loop.optimizer
     progress = progress or (lambda total, text: contextlib.nullcontext())
     first = run.start_or_resume(model, optimizer)
-    if distributed.all_reduce_max(first) != -distributed.all_reduce_max(-first):
+    if not distributed.agree(first):
         raise UserError(f"the ranks find different checkpoints: {run.flag} must be one directory for all machines")
     if schedule:
         for group in optimizer.param_groups:

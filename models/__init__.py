@@ -77,8 +77,8 @@ def check_output(model, arch, num_classes, x):
     try:
         with torch.no_grad():
             out = torch.func.functional_call(model.train(), buffers, x)
-    except RuntimeError as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # in the user's code, or of any type in a layer
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise UserError(f"--arch {arch} does not take a mini-batch {tuple(x.shape)} {x.dtype} of --datasets: {reason}"
                         ) from error
     found = f"{tuple(out.shape)} logits" if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"

@@ -241,6 +241,18 @@ def test_what_only_the_first_process_sees_is_one_line_too(sampled, tmp_path):
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
+def test_processes_that_find_different_data_are_refused(own, tmp_path):
+    """As of a split that is drawn without a seed: one process would train on another's test samples."""
+    file = own("import os\nimport numpy as np\nX, Y = np.random.rand(90, 9), np.arange(90) % 3\ndef split():\n"
+               "    n = 60 + int(os.environ['RANK'])\n    return X[:n], Y[:n], X[n:], Y[n:], 3\n"
+               "def net(num_classes):\n    import torch\n    return torch.nn.Linear(9, num_classes)\n")
+    ranks = Ranks(2, tmp_path, command, "sgd", ["--datasets", f"{file}:split", "--arch", f"{file}:net", "--epochs", "1",
+                                                "--device", "cpu", "--save-dir", str(tmp_path / "run")])
+    assert ranks.wait(60) == [1, 1] and not (tmp_path / "run").exists()
+    lines = (ranks.err(0) + ranks.err(1)).strip()
+    assert "\n" not in lines and "the processes find different data" in lines
+
+
 def test_a_network_that_skips_blocks_trains_on_two(tmp_path):
     """Stochastic depth: some parameters have a gradient on one process only, or in one mini-batch only."""
     argv = digits_args(tmp_path / "run", "--epochs", "1", "--arch", "stochasticdepth18", "--smalldatasets", "0.02",

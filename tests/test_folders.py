@@ -12,6 +12,7 @@ import runs
 import torch
 from runs import ROOT, draw, epoch, network, run, same
 
+from dldr import engine
 from dldr.errors import UserError
 
 
@@ -145,6 +146,15 @@ def test_sgd_then_psgd_with_a_network_of_torchvisions(folder, tmp_path):
     assert sorted(p.name for p in (tmp_path / "run").glob("[0-9]*.pt")) == ["0.pt", "1.pt", "2.pt", "3.pt"]
     summary = imagenet("psgd", *flags, "--params_end", "4", "--n_components", "2")
     assert summary["snapshots"] == 4 and summary["parameters_trained"] == 2 and summary["test_top5_last"] == 100
+
+
+def test_top_5_counts_the_five_largest_logits():
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Linear(4, 9), torch.randn(50, 4), torch.randint(9, (50,))
+    larger = (model(x) > model(x).gather(1, y[:, None])).sum(1)  # logits than that of the label
+    result = engine.evaluate(model, [(x[:30], y[:30]), (x[30:], y[30:])], top5=True)
+    assert result["accuracy"] == pytest.approx(100 * float((larger == 0).float().mean()))
+    assert result["top5"] == pytest.approx(100 * float((larger < 5).float().mean())) and 30 < result["top5"] < 90
 
 
 # ------------------------------------------------------------------------------------------------- when something fails

@@ -16,6 +16,8 @@ from dldr import userfile
 from dldr.errors import UserError
 
 FILE = """
+import random
+
 import numpy as np
 import torch
 from torch import nn
@@ -37,7 +39,7 @@ def tabular():
 class Noisy(TensorDataset):
     def __getitem__(self, i):
         x, y = super().__getitem__(i)
-        return x + torch.rand(1), y
+        return x + torch.rand(1) + float(np.random.rand() + random.random()), y
 
 def sets():
     x, y = torch.tensor(X[:, None] / 100).float(), torch.tensor(Y)
@@ -45,6 +47,9 @@ def sets():
 
 def flat_net(num_classes):
     return nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, num_classes))
+
+def norm_net(num_classes):
+    return nn.BatchNorm1d(num_classes)
 
 def frozen_net(num_classes):
     return flat_net(num_classes).requires_grad_(False)
@@ -121,12 +126,21 @@ def test_items_of_a_dataset_are_drawn_by_seed_and_epoch(own):
     assert set(part.dataset.kept.tolist()) < set(range(40)) and (np.diff(part.dataset.kept) != 1).any()
 
 
-def test_the_initial_weights_do_not_depend_on_what_the_data_draw(own):
+@pytest.mark.parametrize("function", ["grey", "sets"])
+def test_the_initial_weights_do_not_depend_on_what_the_data_draw(own, function):
     torch.manual_seed(3)
-    load(f"{own(FILE + 'torch.manual_seed(0)')}:grey")
+    load(f"{own(FILE + 'torch.manual_seed(0)')}:{function}")
     drawn = torch.rand(1)
     torch.manual_seed(3)
     assert torch.equal(drawn, torch.rand(1))
+
+
+@pytest.mark.parametrize(("pixels", "batch"), [(16, 128), (32, 128), (64, 32), (256, 8)])
+def test_larger_images_are_evaluated_in_smaller_batches(own, pixels, batch):
+    """Of as many pixels as 128 of CIFAR's, or as many images as train at once, here 8."""
+    value = f"np.full((150, {pixels}, {pixels}, 3), 9, np.uint8), np.arange(150) % 2"
+    data = load(f"{own(f'import numpy as np{chr(10)}def f(): return {value}, {value}, 2')}:f")
+    assert [len(y) for _, y in data.test.epoch(0)][:-1] == [batch] * (149 // batch)
 
 
 @pytest.mark.parametrize(("suffix", "size"), [("@16", 16), ("", 224)])
@@ -333,6 +347,7 @@ def test_files_that_do_not_exist(name, message):
 @pytest.mark.parametrize(("function", "network", "message"), [
     ("grey", "resnet8", r"--arch resnet8 does not take a mini-batch \(2, 1, 12, 10\) torch.float32 of --datasets: "),
     ("tabular", "FILE:image_net", r"--arch \S+ does not take a mini-batch \(2, 10\) torch.float32 of --datasets: "),
+    ("grey", "FILE:norm_net", r"--arch \S+ does not take a mini-batch .*: ValueError: expected 2D or 3D input"),
     ("tabular", "FILE:frozen_net", "--arch .*: the trainable parameters are none; the scripts train float32 ones"),
     ("tabular", "FILE:mixed_net", "--arch .*: the trainable parameters are torch.float32 and torch.float64; the"),
 ])

@@ -85,10 +85,12 @@ def test_runs_of_other_snapshots_windows_and_damaged_logs_are_refused(sampled, t
     args.params_end = 5
     with pytest.raises(UserError, match="--params_end 4, here 5"):
         trajectory.read_path(log, args, checksum(*snapshot_paths(sampled, range(5))))
-    for damage in (lambda: (tmp_path / "psgd_args.json").unlink(), lambda: log.write_text(log.read_text()[:-9])):
-        damage()
+    for path, content in ((log, log.read_text()[:-9]), (tmp_path / "psgd_args.json", "{}")):
+        whole = path.read_text()
+        path.write_text(content)
         with pytest.raises(UserError, match="psgd_log.jsonl.*missing or damaged"):
             trajectory.read_path(log, args, window)
+        path.write_text(whole)
 
 
 @pytest.mark.parametrize("missing", [2, 4])
