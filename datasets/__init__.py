@@ -208,7 +208,8 @@ class ArrayBatches:
 
     def epoch(self, epoch):
         draws = self.draws(epoch)  # (4, N)
-        many = min(AHEAD[self.labels.device.type], 1 + 2**28 // (self.batch_size * self.shape.numel()))  # of 1 GiB
+        numbers = self.batch_size * self.shape.numel()  # of a mini-batch
+        many = min(AHEAD[self.labels.device.type], 1 + 2**28 // numbers)  # 1 GiB in float32
         for i in range(0, len(self.parts), many):
             ahead = self.parts[i : i + many]
             order, flip, top, left = torch.cat([draws[:, first:last] for first, last in ahead], 1)
