@@ -16,6 +16,7 @@ Example:
   python report.py runs/quick --table runs/quick/table.md --figures runs/quick
 """
 import csv
+import glob
 import io
 import json
 import math
@@ -54,9 +55,9 @@ def parse_args(argv=None):
 
 
 def files(directories, name):
-    """(stage, path) of the stages' files of this name below the directories."""
-    return [(stage, path) for directory in directories for stage in METHODS
-            for path in sorted(Path(directory).rglob(f"{stage}_{name}"))]
+    """(stage, path) of the stages' files of this name below the directories, links to directories followed."""
+    return [(stage, Path(path)) for directory in directories for stage in METHODS
+            for path in sorted(glob.glob(f"{glob.escape(str(directory))}/**/{stage}_{name}", recursive=True))]
 
 
 def find_runs(directories):
@@ -238,7 +239,7 @@ def compared(group):
         return "-", "-"
     average, deviation = plots.spread(values)
     difference = round(average - target["last"], 2)
-    remark = " (one seed)" if len(values) == 1 else " (beyond the spread)" if abs(difference) > deviation else ""
+    remark = " (beyond the spread)" if len(values) > 1 and abs(difference) > deviation else ""
     return f"{target['last']:.2f} [{target['source']}]", f"{difference:+.2f}{remark}"
 
 

@@ -183,9 +183,17 @@ def test_figures_are_those_of_the_runs(directory, tmp_path):
         assert (imread(path) == imread(tmp_path / path.name)).all(), path.name
 
 
-def test_results_are_small_and_without_weights():
-    files = [path for path in (ROOT / "results").rglob("*") if path.is_file()]
+def test_results_are_small_without_weights_and_each_run_is_there_once():
+    """A second folder has a link to a run, which report.py follows."""
+    files = [path for path in (ROOT / "results").rglob("*") if path.is_file() and not path.is_symlink()]
     assert sum(path.stat().st_size for path in files) < 6e6 and not {path.suffix for path in files} & {".pt", ".npz"}
+    logs = [path.read_text() for path in files if path.name.endswith("_log.jsonl")]
+    assert len(logs) > 50 and len(set(logs)) == len(logs)
+    links = [path for path in (ROOT / "results").rglob("*") if path.is_symlink()]
+    for link in links:
+        assert not link.readlink().is_absolute() and report.find_runs([link.parent])
+        assert len(report.find_runs([link])) == 1
+    assert len(links) >= 6
 
 
 def test_every_target_is_compared():
