@@ -80,15 +80,18 @@ def test_every_table_exists():
 
 
 def test_the_headline_is_that_of_the_runs():
+    expected = []
     for folder, noise, setting in (
-            ("noise-full", 0.2, "all images, 20% label noise"), ("noise-tenth", 0.4, "a tenth, 40% label noise"),
-            ("noise-tenth", 0, "a tenth, no noise")):
+            ("noise-full", 0.2, "all images, 20% label noise"), ("noise-full", 0, "all images, no noise"),
+            ("noise-tenth", 0.4, "a tenth, 40% label noise"), ("noise-tenth", 0, "a tenth, no noise")):
         runs = [run for run in report.find_runs([ROOT / "results" / folder]) if run["corrupt"] == noise]
-        shown = re.findall(rf"^\| {setting} \| (.*) \|$", README, re.M)
-        assert len(shown) == 3 and shown == [
-            " | ".join((row["method"], str(row["seeds"].count(",") + 1), row["parameters trained"],
-                        row["epochs (+ sampling)"], row["test accuracy, last (%)"], row["best (%)"]))
-            for row in report.rows(runs)[0]]
+        rows = report.rows(runs)[0]
+        assert len(rows) == 3
+        for first, row in zip((f" {setting} ", " ", " "), rows, strict=True):
+            expected.append(f"|{first}| " + " | ".join((
+                row["method"], str(row["seeds"].count(",") + 1), row["parameters trained"], row["epochs (+ sampling)"],
+                row["test accuracy, last (%)"], row["best (%)"])) + " |")
+    assert "\n".join(expected) in README
 
 
 FAULTS = """
@@ -194,6 +197,22 @@ def test_results_are_small_without_weights_and_each_run_is_there_once():
         assert not link.readlink().is_absolute() and report.find_runs([link.parent])
         assert len(report.find_runs([link])) == 1
     assert len(links) >= 6
+
+
+def test_measured_dimensions_and_differences_are_those_of_the_runs():
+    """T3's last column in results/README.md: k, last test accuracy, difference from the reference."""
+    page = (ROOT / "results" / "README.md").read_text()
+    targets = {(target["setting"]["corrupt"], target["setting"].get("n_components")): target["last"]
+               for target in json.loads(report.TARGETS.read_text())["targets"] if target["table"] == "T3"}
+    for noise, row in (0, "0"), (0.2, "0.20"):
+        expected = []
+        for run in report.find_runs([ROOT / "results" / "dims-full"]):
+            if run["corrupt"] == noise and run["method"] == "psgd":
+                k, last = run["args"]["n_components"], run["test_accuracy_last"]
+                expected.append(f"{k:g}: {last:.2f}"
+                                + (f" ({last - targets[noise, k]:+.2f})" if (noise, k) in targets else ""))
+        shown = re.search(rf"^\| {row} \|.* \| (.*) \|$", page, re.M)[1]
+        assert len(expected) >= 4 and shown == ", ".join(expected)
 
 
 def test_every_target_is_compared():
