@@ -173,15 +173,17 @@ def test_tables_are_those_of_the_runs(directory):
         assert (ROOT / "results" / directory / "runs.csv").read_text() == report.comma_separated(runs)
 
 
-@pytest.mark.parametrize("directory", TABLES)
+@pytest.mark.parametrize("directory", sorted({path.parent.name for path in (ROOT / "results").glob("*/*.png")} & {*TABLES}))
 def test_figures_are_those_of_the_runs(directory, tmp_path):
-    """The same pixels, from the same versions of matplotlib and numpy."""
+    """The same pixels, from the same versions of matplotlib and numpy; and a page that shows or links to each."""
+    committed = sorted((ROOT / "results" / directory).glob("*.png"))
+    linked = "".join(path.read_text() for path in (ROOT / "README.md", ROOT / "results" / "README.md"))
+    assert not [path.name for path in committed if f"{directory}/{path.name})" not in linked]
     pinned = dict(re.findall(r"(\S+)==(\S+)", (ROOT / "requirements.txt").read_text()))
     if any(module.__version__ != pinned[module.__name__] for module in (matplotlib, numpy)):
         pytest.skip("drawn with the versions of requirements.txt")
     report.main(report.parse_args([str(ROOT / "results" / directory), "--figures", str(tmp_path)]))
-    committed = sorted((ROOT / "results" / directory).glob("*.png"))
-    assert committed and {path.name for path in committed} <= {path.name for path in tmp_path.iterdir()}
+    assert {path.name for path in committed} <= {path.name for path in tmp_path.iterdir()}
     for path in committed:
         assert (imread(path) == imread(tmp_path / path.name)).all(), path.name
 
