@@ -81,7 +81,7 @@ def styled(lines):
 
     for line in lines:
         same = sorted((other for other in lines if other.method == line.method),
-                      key=lambda other: -(other.runs[0]["n_components"] or 0))  # the largest k has the full colour
+                      key=lambda other: -max(run["n_components"] or 0 for run in other.runs))  # full colour: largest k
         i = same.index(line)
         yield line, {"color": tuple(1 - (1 - c) * (1 - 0.6 * i / len(same)) for c in to_rgb(COLOURS[line.method])),
                      "label": line.name, "linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)]}

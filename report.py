@@ -16,7 +16,6 @@ Example:
   python report.py runs/quick --table runs/quick/table.md --figures runs/quick
 """
 import csv
-import glob
 import io
 import json
 import math
@@ -44,9 +43,10 @@ BEFORE = {"basis": "pca", "start": "first"}  # what P-SGD and P-BFGS did before 
 def parse_args(argv=None):
     parser = utils.Parser(__doc__)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="run directories, searched with all below them")
-    parser.add_argument("--table", metavar="FILE", help="also write the table to this file, as Markdown")
-    parser.add_argument("--csv", metavar="FILE", help="write one line per run, every number unrounded")
-    parser.add_argument("--figures", metavar="DIR", help="draw the figures into this directory")
+    for flag, metavar, text in (("--table", "FILE", "also write the table to this file, as Markdown"),
+                                ("--csv", "FILE", "write one line per run, every number unrounded"),
+                                ("--figures", "DIR", "draw the figures into this directory")):
+        parser.add_argument(flag, type=utils.folder, metavar=metavar, help=text)
     parser.add_argument("--format", choices=("png", "svg"), default="png", help="of the figures")
     return parser.parse_args(argv)
 
@@ -55,9 +55,9 @@ def parse_args(argv=None):
 
 
 def files(directories, name):
-    """(stage, path) of the stages' files of this name below the directories, links to directories followed."""
-    return [(stage, Path(path)) for directory in directories for stage in METHODS
-            for path in sorted(glob.glob(f"{glob.escape(str(directory))}/**/{stage}_{name}", recursive=True))]
+    """(stage, path) of the stages' files of this name below the directories."""
+    found = utils.files_below(directories)
+    return [(stage, path) for stage in METHODS for path in found if path.name == f"{stage}_{name}"]
 
 
 def find_runs(directories):
@@ -175,13 +175,15 @@ def by_figure(runs, noise=True):
 def setting(run, x=None):
     """{what: text} of all that makes a run another experiment: not the seed, nor argument `x`, which an axis tells."""
     args, k = run["args"], run["n_components"]  # where the flag is a share of the variance, k differs by seed
-    ignored = {"randomseed", "save_dir", "n_components", x, *utils.changeable_flags()}
+    ignored = {"randomseed", "save_dir", "n_components", "smalldatasets", x, *utils.changeable_flags()}
     processes = run["hardware"].get("processes") or 1  # each normalises its own part of a mini-batch
     return {"k": f"k = {k}" if k and x != "n_components" else "", "snapshots": snapshots(run),
             "images": f"{100 * (args.get('smalldatasets') or 1):g}% of the images",
             "processes": f"{processes} processes" if processes > 1 else "",
             **{key: f"{key} {args[key]}".replace("_", " ") for key in sorted(args) if key not in ignored},
-            "epochs": f"epochs {run['epochs']}"}
+            "epochs": f"epochs {run['epochs']}",
+            **{f"sampling {key}": f"sampled with {key} {value}".replace("_", " ")
+               for key, value in (run.get("sampling") or {}).items() if key in utils.SAMPLING}}
 
 
 def named(runs, x=None):
@@ -222,7 +224,8 @@ def mean(runs, key):
 def on_record(run):
     """The reference result (results/targets.json) of the run's setting; None unless all that matters agrees."""
     record, sampled = load_json(TARGETS), run.get("sampling") or {}  # of runs before there was one it is not known
-    values = {**record["common"], **run["hardware"], **run["args"], **run, "label": label(run)}
+    values = {**record["common"], **run["hardware"], **run["args"], **run, "label": label(run),
+              "training": run.get("data", {}).get("training")}
     if (any(record["sampling"].get(key, value) != value for key, value in sampled.items())
             or min(sampled.get("milestones") or [math.inf]) < run["args"].get("params_end", 0) - 1):
         return None
@@ -275,7 +278,7 @@ def rows(runs):
             run, seeds = group[0], sorted(run["seed"] for run in group)
             if len(set(seeds)) < len(seeds):
                 distributed.note(f"a seed twice in one row: {', '.join(str(run['directory']) for run in group)}")
-            sampled = f" (+ {math.ceil(run['window'][1])})" if run["window"] else ""
+            sampled = f" (+ {math.ceil(run['window'][1])})" if run["window"] else " (+ ?)" * (run["method"] != "sgd")
             reference, difference = compared(group)
             found.append({
                 "run": plots.in_words(run["args"], run.get("data")),
@@ -400,7 +403,8 @@ def main(args):
     if args.csv:
         write_atomically(Path(args.csv), comma_separated(runs).encode())
     if args.figures:
-        trajectories = sorted(path for top in args.directories for path in Path(top).rglob("trajectory.json"))
+        found = [path for path in utils.files_below(args.directories) if path.name == "trajectory.json"]
+        trajectories = [*{path.read_text(): path for path in reversed(found)}.values()][::-1]  # a copy is no second one
         for path in [path for path in trajectories if "losses" not in load_json(path)]:
             distributed.note(f"{path} is not drawn: it holds no losses; make it again with trajectory.py")
             trajectories.remove(path)

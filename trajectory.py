@@ -53,9 +53,11 @@ def parse_args(argv=None):
     output("--save-dir", type=utils.folder, required=True, metavar="DIR", help="where the snapshots lie")
     output("--runs", nargs="*", default=[], metavar="DIR", help="directories of P-SGD and P-BFGS runs")
     output("--samples", type=utils.count, default=2000, metavar="N", help="training samples of the loss surface")
-    output("--json", metavar="FILE", help="write the numbers to this file")
-    output("--figure", metavar="FILE", help="draw the figure to this file (.png)")
+    output("--json", type=utils.folder, metavar="FILE", help="write the numbers to this file")
+    output("--figure", type=utils.folder, metavar="FILE", help="draw the figure to this file, .png or .svg")
     args = parser.parse_args(argv)
+    if args.figure and Path(args.figure).suffix not in (".png", ".svg"):
+        parser.error(f"--figure {args.figure}: the name must end in .png or .svg")
     utils.check_names(parser, args)
     utils.check_window(parser, args)
     return args
@@ -64,7 +66,8 @@ def parse_args(argv=None):
 def snapshots(args):
     """The snapshots of the window, and all from --params_start on, in order."""
     directory, window = Path(args.save_dir), utils.window_indices(vars(args))
-    files = [path for path in directory.glob("*") if path.suffix in (".pt", ".pth")]
+    files = [path for path in directory.glob("*") if path.suffix in (".pt", ".pth")
+             and not path.name.startswith(("sgd_", "psgd_", "pbfgs_"))]
     numbers = sorted(int(path.stem) for path in files if path.name == f"{path.stem}.pt" and path.stem.isdigit())
     consecutive = numbers and numbers[-1] - numbers[0] == len(numbers) - 1
     if consecutive or not files or (directory / "sgd_snapshots.json").is_file():
@@ -140,8 +143,8 @@ def main(args):
 
     lines, identity = {"sgd": [path]}, checksum(*paths)
     for method in ("psgd", "pbfgs"):
-        lines[method] = [read_path(file, args, identity) for directory in args.runs
-                         for file in sorted(Path(directory).rglob(f"{method}_log.jsonl"))]
+        lines[method] = [read_path(file, args, identity) for file in utils.files_below(args.runs)
+                         if file.name == f"{method}_log.jsonl"]
     points = np.array([point for group in lines.values() for line in group for point in line])
     low, high = points.min(axis=0), points.max(axis=0)
     margin = 0.15 * (high - low) + 1e-6
@@ -155,7 +158,7 @@ def main(args):
     if args.json:
         save_json(Path(args.json), result)
     if args.figure:
-        write_atomically(Path(args.figure), plots.image(plots.plane(result)))
+        write_atomically(Path(args.figure), plots.image(plots.plane(result), Path(args.figure).suffix[1:]))
         print(f"figure: {args.figure}")
     return result
 

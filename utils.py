@@ -34,6 +34,9 @@ def run_stage(method, args, train):
     paths = snapshot_paths(args.save_dir, window_indices(vars(args))) if subspace and not args.evaluate else []
     run = Run(method, vars(args), changeable_flags(subspace), paths)
     if not run.may_start(lambda: load_data(args, "cpu").facts):
+        if getattr(args, "save_basis", None) and not os.path.isfile(args.save_basis):
+            raise UserError(f"--save-basis {args.save_basis}: the run in {run.directory} is finished and makes no "
+                            "basis; --epochs 0 with another --output-dir does")
         print_next(run, args)
         return load_json(run.path("summary.json"))
     device = set_up(args.device, args.randomseed, deterministic=args.deterministic, conv_tf32=args.conv_tf32 == "on",
@@ -92,6 +95,8 @@ def add_digests(args):
                if ".py:" in vars(args)[name]}
     if getattr(args, "basis", "pca") not in BASES:
         digests["basis"] = checksum(args.basis)
+    if isinstance(getattr(args, "pretrained", False), str):
+        digests["pretrained"] = checksum(args.pretrained)
     if digests:
         args.file_digests = digests
 
@@ -220,7 +225,7 @@ def run_script(parse_args, main):
 
     Of several ranks the first to fail says why.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
         stream.reconfigure(errors="replace")  # a terminal may be ASCII
     args = parse_args()
     name = Path(sys.argv[0]).name
@@ -346,6 +351,29 @@ def folder(value):
     return os.path.normpath(os.path.expanduser(value))
 
 
+def files_below(directories):
+    """Paths of the files below the directories, sorted; links are followed, each directory is searched once.
+
+    Raises OSError if a directory is missing or cannot be read; a note names a link to nothing.
+    """
+    def refuse(error):
+        raise error
+
+    found, seen = [], set()
+    for where, folders, names in itertools.chain(*(os.walk(Path(top), onerror=refuse, followlinks=True)
+                                                   for top in directories)):
+        folders.sort()
+        if os.path.realpath(where) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(where))
+        found += [Path(where, name) for name in names]
+    for path in found:
+        if not path.exists():
+            distributed.note(f"{path} is a link to nothing")
+    return sorted(path for path in found if path.exists())
+
+
 def data_directory():
     """The default of --data."""
     return os.environ.get("DLDR_DATA", "data/")
@@ -368,7 +396,8 @@ def base_parser(doc, *, epochs, batch_size, lr, lr_help, subspace=True):
         window("--basis", default="pca", metavar="|".join([*BASES, "FILE"]),
                help="principal directions of the snapshots, or of the snapshots divided by their norms (spherical); to "
                "compare: K random ones, or the span of K evenly spaced snapshots; or a FILE by --save-basis")
-        changeable(window("--save-basis", metavar="FILE", help="write the basis and how it was made to this file"))
+        changeable(window("--save-basis", type=folder, metavar="FILE",
+                          help="write the basis and how it was made to this file"))
         window("--allow-mismatch", type=mismatches, default=[], metavar="NAME,...",
                help=f"in what the sampling run may differ from this one, of {', '.join(MISMATCHES)} (default: nothing)")
 
@@ -475,6 +504,8 @@ def check_args(parser, args):
             parser.error(f"--basis {args.basis}: not one of {', '.join(BASES)}, and there is no such file")
         if args.save_basis and len({os.path.realpath(path) for path in (args.basis, args.save_basis)}) == 1:
             parser.error(f"--save-basis {args.save_basis} would replace the file of --basis")
+        if re.fullmatch(r"\d+\.pt|(sgd|psgd|pbfgs)_.*", os.path.basename(args.save_basis or "")):
+            parser.error(f"--save-basis {args.save_basis}: snapshots and the runs' own files have such names")
         if args.shard_basis == "on" and not pca:
             parser.error(f"--shard-basis on goes with --basis pca or spherical, not {args.basis}")
         if args.n_components < 1 and not pca:

@@ -23,7 +23,7 @@ def read(name):
     """
     where = f"--datasets {name}"
     if name.startswith("npz:"):
-        return check_own(read_npz(Path(name[4:]), where), None, where)
+        return check_own(read_npz(Path(name[4:]).expanduser(), where), None, where)
     with distributed.rank0_first(), torch.random.fork_rng(devices=[]):  # initial weights are --randomseed's
         value, imports = userfile.call(name, "--datasets")
     value = value if isinstance(value, (tuple, list)) else (value,)

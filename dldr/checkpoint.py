@@ -129,8 +129,10 @@ class Run:
     def has_results(self):
         """Whether the directory holds more of a run of this method than its start."""
         names = [f"{self.method}_{name}" for name in ("log.jsonl", "checkpoint.pt", "final.pt", "summary.json")]
-        if self.method == "sgd":
-            names.append(f"{self.args['start_epoch'] * self.args['samples_per_epoch'] + 1}.pt")
+        if self.method == "sgd":  # the start's snapshot may be there
+            first = self.args["start_epoch"] * self.args["samples_per_epoch"]
+            names += [path.name for path in self.directory.glob("*.pt")
+                      if path.stem.isdecimal() and int(path.stem) > first]
         return any(path.is_file() and path.stat().st_size for path in map(self.directory.joinpath, names))
 
     def changed_flags(self, then):

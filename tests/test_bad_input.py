@@ -42,6 +42,8 @@ from dldr.files import load_file, save_tensors
     ("psgd", "--allow-mismatch arch,lr", "--allow-mismatch: lr not in datasets, arch"),
     ("psgd", "--basis nowhere.pt", "--basis nowhere.pt: not one of pca, spherical, random, snapshots, and"),
     ("psgd", f"--basis {__file__} --save-basis {__file__}", "would replace the file of --basis"),
+    ("psgd", "--save-basis run/40.pt", "--save-basis run/40.pt: snapshots and the runs' own files have such names"),
+    ("pbfgs", "--save-basis psgd_final.pt", "--save-basis psgd_final.pt: snapshots and the runs' own files"),
     ("psgd", "--n_components 0.9 --basis random", "--n_components 0.9: a share of the variance goes with --basis"),
     ("psgd", "--n_components 0", "--n_components: 0 is not a whole number from 1"),
     ("psgd", "--n_components 1.5", "--n_components: 1.5 is not a whole number from 1, or a fraction"),

@@ -68,9 +68,10 @@ def image_net(num_classes):
 
 
 @pytest.mark.parametrize("shape", [(12, 10), (12, 10, 1), (7, 20, 3)])
-def test_npz_is_normalised_by_the_training_images_and_not_augmented(tmp_path, shape):
+def test_npz_is_normalised_by_the_training_images_and_not_augmented(tmp_path, shape, monkeypatch):
     arrays = write_npz(tmp_path / "a.npz", shape)
-    data = load(f"npz:{tmp_path / 'a.npz'}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = load("npz:~/a.npz")
     assert (data.classes, data.train.samples, data.test.samples) == (3, 30, 9)
     train, test = (arrays[name].reshape(-1, *(*shape, 1)[:3]) / 255 for name in ("x_train", "x_test"))
     order = data.train.draws(3)[0]

@@ -304,7 +304,7 @@ def test_targets_are_compared_with_the_very_setting_only(runs):
         made = {**args, "randomseed": seed, **changed}
         return {**psgd, "dataset": "CIFAR10", "arch": made["arch"], "epochs": made["epochs"], "corrupt": 0.0,
                 "n_components": made["n_components"], "seed": seed, "test_accuracy_last": accuracy, "args": made,
-                "sampling": released}
+                "sampling": released, "data": {**psgd["data"], "training": 50000}}
 
     assert report.compared([run(92.0)]) == ("91.95 [A]", "+0.05")
     assert report.compared([run(91.9), run(92.2, 2)]) == ("91.95 [A]", "+0.10")  # 92.05 ± 0.21
@@ -315,6 +315,7 @@ def test_targets_are_compared_with_the_very_setting_only(runs):
                     {"milestones": [10]}, {"pretrained": "a.pt"}, {"allow_mismatch": ["smalldatasets"]}):
         assert report.compared([run(92.0, **changed)]) == ("-", "-")
     assert report.compared([{**run(92.0), "hardware": {"processes": 2}}]) == ("-", "-")
+    assert report.compared([{**run(92.0), "data": {**psgd["data"], "training": 49999}}]) == ("-", "-")
     for sampled in ({"optimizer": "adam"}, {"samples_per_epoch": 2}, {"half": True}, {"milestones": [50]}):
         assert report.compared([{**run(92.0), "sampling": {**released, **sampled}}]) == ("-", "-")
     rows = report.table([run(91.0), run(92.0, n_components=3), run(90.0, 2)])
@@ -364,3 +365,52 @@ def test_a_run_counts_once_and_different_experiments_are_different_rows(runs, tm
         assert len(report.named([psgd, {**again, **other}])) == 2
     assert "| 1, 1 |" in report.table([psgd, {**psgd, "finished": "later"}])
     assert "a seed twice in one row" in capsys.readouterr().err
+
+
+def test_directories_are_searched_once_and_through_links(runs, tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    for name in ("run", "again"):
+        (tmp_path / "a" / name).symlink_to(runs)
+    (tmp_path / "a" / "up").symlink_to("..")
+    (tmp_path / "a" / ".hidden").mkdir()
+    (tmp_path / "a" / ".hidden" / "psgd_args.json").write_text(
+        (runs / "psgd_args.json").read_text())
+    assert len(report.find_runs([tmp_path, tmp_path / "a"])) == 2
+    assert len(report.unfinished([tmp_path, tmp_path])) == 1
+    (tmp_path / "a" / "lost").symlink_to("nowhere")
+    report.find_runs([tmp_path])
+    assert "lost is a link to nothing" in capsys.readouterr().err
+    with pytest.raises(OSError, match="typo"):
+        report.find_runs([tmp_path, tmp_path / "typo"])
+
+
+def test_a_copied_trajectory_is_drawn_once(runs, tmp_path):
+    trajectory = json.dumps({"losses": []})
+    for name in ("a", "b"):
+        shutil.copytree(runs, tmp_path / name)
+        (tmp_path / name / "trajectory.json").write_text(trajectory)
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "draw", lambda runs, directory, kind, trajectories: made.extend(trajectories) or [])
+        report.main(report.parse_args([str(tmp_path), "--figures", str(tmp_path)]))
+    assert [path.parent.name for path in made] == ["a"]
+
+
+def test_part_of_the_data_and_unknown_sampling_are_told(runs):
+    one, *_ = [run for run in report.find_runs([runs]) if run["method"] == "psgd"]
+    rows, _ = report.rows([{**one, "window": None, "sampling_seconds": None}])
+    assert rows[0]["epochs (+ sampling)"] == "2 (+ ?)"
+    whole = report.setting({**one, "args": {**one["args"], "smalldatasets": 1.0}})
+    assert whole == report.setting({**one, "args": {**one["args"], "smalldatasets": None}})
+    others = [one, {**one, "sampling": {**one["sampling"], "optimizer": "adam"}}]
+    assert [line.name for line in report.named(others)] == [
+        "P-SGD, sampled with optimizer sgd", "P-SGD, sampled with optimizer adam"]
+
+
+def test_the_largest_k_has_the_full_colour(runs):
+    one, *_ = [run for run in report.find_runs([runs]) if run["method"] == "psgd"]
+    few = {**one, "args": {**one["args"], "basis": "random"}, "n_components": 3}
+    lines = [plots.Line("random", "P-SGD", [few]), plots.Line("pca", "P-SGD", [{**one, "n_components": 2},
+                                                                               {**one, "n_components": 4}])]
+    colours = {line.name: to_hex(style["color"]) for line, style in plots.styled(lines)}
+    assert colours["pca"] == plots.COLOURS["P-SGD"].lower() != colours["random"]

@@ -63,6 +63,23 @@ def test_results_without_their_checkpoint_are_not_trained_over(tmp_path):
     sample(tmp_path, "--resume", "auto", epochs=2)  # finished as it is
 
 
+def test_a_snapshot_of_somebody_is_not_trained_over(tmp_path):
+    (tmp_path / "2.pt").write_bytes(b"of somebody")
+    with pytest.raises(UserError, match="holds a sgd run with other flags .unknown ones."):
+        sample(tmp_path)
+    assert (tmp_path / "2.pt").read_bytes() == b"of somebody"
+
+
+def test_other_weights_in_the_pretrained_file_are_another_run(sampled, tmp_path):
+    shutil.copy(sampled / "0.pt", tmp_path / "weights.pt")
+    flags = ["--pretrained", tmp_path / "weights.pt", "--resume", "auto"]
+    sample(tmp_path / "run", *flags, epochs=1)
+    sample(tmp_path / "run", *flags, epochs=1)
+    shutil.copy(sampled / "1.pt", tmp_path / "weights.pt")
+    with pytest.raises(UserError, match="other flags .file_digests"):
+        sample(tmp_path / "run", *flags, epochs=1)
+
+
 def test_overwriting_with_flags_that_are_refused_removes_nothing(sampled, tmp_path):
     shutil.copytree(sampled, tmp_path / "run")
     in_subspace(sampled, tmp_path / "run")

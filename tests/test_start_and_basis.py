@@ -56,6 +56,12 @@ def test_a_saved_basis_is_the_basis(sampled, tmp_path, method):
     assert summary["explained_variance"]["per_component"] == pytest.approx(saved["explained_variance"], rel=1e-3)
 
 
+def test_a_finished_run_does_not_pass_over_save_basis(sampled, tmp_path):
+    run(sampled, tmp_path / "a", epochs=1)
+    with pytest.raises(UserError, match="basis.pt: the run in .* is finished and makes no basis"):
+        run(sampled, tmp_path / "a", "--save-basis", tmp_path / "basis.pt", "--resume", "auto", epochs=1)
+
+
 def test_a_basis_serves_a_network_without_a_window(sampled, tmp_path, basis):
     """Fewer of its components are the first ones."""
     (here := tmp_path / "one").mkdir()

@@ -116,3 +116,16 @@ def test_one_component_is_a_plane_too(sampled, tmp_path, monkeypatch):
     result = trajectory.main(trajectory.parse_args([*flags, "--samples", "8", "--runs", str(tmp_path), "--figure",
                                                     str(tmp_path / "t.png")]))
     assert all(len(point) == 2 for lines in result["paths"].values() for line in lines for point in line)
+
+
+def test_checkpoints_are_no_snapshots_and_directories_of_runs_exist(sampled, tmp_path):
+    for name in ("0.pt", "2.pt", "3.pt", "sgd_checkpoint.pt", "sgd_final.pt"):
+        shutil.copy(sampled / name, tmp_path)
+    flags = digits_args(tmp_path, "--params_end", 3, "--n_components", 2)
+    paths, every = trajectory.snapshots(trajectory.parse_args(flags))
+    assert [path.name for path in every] == [path.name for path in paths] == ["0.pt", "2.pt", "3.pt"]
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        trajectory.main(trajectory.parse_args(digits_args(
+            sampled, "--params_end", 4, "--n_components", 2, "--runs", tmp_path / "nowhere")))
+    with pytest.raises(SystemExit):
+        trajectory.parse_args([*flags, "--figure", "a.pdf"])
