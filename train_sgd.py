@@ -83,11 +83,13 @@ def train(run, args, data, model):
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     run.begin(data, w, snapshots=snapshots, writes=snapshots * size)
     parameters = {name for name, _ in model.named_parameters()}
+    watched = {name for name, buffer in model.named_buffers() if is_finite(buffer)}  # a mask may hold -inf
 
     def save_snapshot(epoch, iteration):
         if iteration in due:
             state = model.state_dict()
-            everything = torch.cat([w, *(buffer.reshape(-1).to(w) for buffer in model.buffers())])
+            everything = torch.cat([w, *(buffer.reshape(-1).to(w) for name, buffer in model.named_buffers()
+                                         if name in watched)])
             if distributed.all_reduce_max(int(not is_finite(everything))):  # losses may be read later
                 raise FloatingPointError(f"the network is not finite after iteration {iteration}")
             if args.snapshot_dtype == "bfloat16":

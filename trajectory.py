@@ -31,7 +31,7 @@ import utils
 from dldr import distributed, engine
 from dldr.checkpoint import command_line, provenance
 from dldr.errors import UserError
-from dldr.files import checksum, load_json, save_json, write_atomically
+from dldr.files import checksum, load_json, load_model, save_json, write_atomically
 from dldr.snapshots import load_window, read_snapshot, snapshot_paths
 from dldr.subspace import flat_parameters, pca_basis
 
@@ -121,7 +121,7 @@ def main(args):
 
     path, from_start, from_subspace = [], [], []
     for file in tqdm(every, "snapshots", leave=False, disable=None):
-        model.load_state_dict(read_snapshot(file, model)[0])
+        load_model(model, read_snapshot(file, model)[0], file)
         step = w - start
         inside = P.T @ (P @ step)
         path.append((plane @ step).tolist())

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from datasets import Source, check_arrays, moments, read_npz
-from datasets.loader import Checked
+from datasets.loader import Checked, seeded
 from dldr import distributed, userfile
 from dldr.errors import UserError
 
@@ -24,7 +24,7 @@ def read(name):
     where = f"--datasets {name}"
     if name.startswith("npz:"):
         return check_own(read_npz(Path(name[4:]).expanduser(), where), None, where)
-    with distributed.rank0_first(), torch.random.fork_rng(devices=[]):  # initial weights are --randomseed's
+    with distributed.rank0_first(), seeded(0):  # a split is the same in all stages; weights are --randomseed's
         value, imports = userfile.call(name, "--datasets")
     value = value if isinstance(value, (tuple, list)) else (value,)
     if len(value) == 3:
@@ -58,7 +58,7 @@ def check_own(arrays, classes, where, augment=""):
         with np.errstate(over="ignore"):  # too large for float32 is not finite
             arrays = [np.require(x, np.float32 if x.dtype.kind == "f" else x.dtype.newbyteorder("="), "CW")
                       for x in arrays]  # as torch takes them: in native order, without negative strides, writable
-    except (TypeError, ValueError) as error:  # lists of several lengths, tensors on a GPU
+    except (TypeError, ValueError, RuntimeError) as error:  # lists of several lengths, tensors on a GPU, with gradients
         raise UserError(f"{where}: what should be x_train, y_train, x_test, y_test is no array: {error}") from error
     arrays = x_train, y_train, _, _ = [x[..., None] if x.dtype == np.uint8 and x.ndim == 3 else x for x in arrays]
     if classes is None:

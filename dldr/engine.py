@@ -1,6 +1,7 @@
 """The only training and evaluation loop."""
 import contextlib
 import math
+import random
 import signal
 import threading
 import time
@@ -73,9 +74,12 @@ def cudnn_benchmark(on):
 
 
 def seed_epoch(seed, epoch):
-    """Seed torch, for dropout and the like, from (seed, epoch, rank)."""
+    """Seed torch, numpy and Python, for dropout and the like, from (seed, epoch, rank)."""
     entropy = [seed, epoch, *([distributed.rank()] if distributed.rank() else [])]
-    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+    number = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    torch.manual_seed(number)
+    np.random.seed(number)
+    random.seed(number)
 
 
 def forward(model, x, half=False):
@@ -173,7 +177,7 @@ class Loop:
         return {"loss": loss_sum / seen, "accuracy": 100 * correct / seen, "samples": seen}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a network may keep a tensor of the pass
 def evaluate(model, batches, half=False, top5=False) -> dict:
     """Mean loss and accuracy (%) of the model in eval mode over all ranks' `batches`, read from the device once.
 

@@ -7,6 +7,7 @@ import re
 import warnings
 import zipfile
 import zlib
+from collections import OrderedDict
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -152,7 +153,10 @@ def state_dict_in(value, keys):
 
 def load_model(model, state, path):
     """model.load_state_dict of `state_dict_in`, with one line that names the file if it does not fit."""
+    own = model.state_dict()
+    state = OrderedDict(state_dict_in(state, list(own)))
+    state._metadata = getattr(own, "_metadata", None)  # modules' versions, which files of plain dicts do not have
     try:
-        model.load_state_dict(state_dict_in(state, list(model.state_dict())))
+        model.load_state_dict(state)
     except (RuntimeError, AttributeError) as error:
         raise UserError(f"{path} does not fit the network of --arch and --datasets: {error}"[:400]) from error

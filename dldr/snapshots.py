@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dldr import distributed
 from dldr.errors import UserError
-from dldr.files import load_file, save_tensors, state_dict_in
+from dldr.files import load_file, load_model, save_tensors, state_dict_in
 from dldr.subspace import column_chunks, flat_parameters, pca_basis, trainable
 
 
@@ -57,8 +57,9 @@ def read_snapshot(path: Path, model: nn.Module, mmap: bool = False) -> tuple[dic
             raise UserError(f"snapshot {path} is of another network: {name} is {there}, in the network {here} (another "
                             "--arch, or number of classes)")
     for name in expected:
-        if state[name].layout != torch.strided or not all(
-                is_finite(part) for part in state[name].reshape(-1).split(2**22)):  # in parts, for little memory
+        finite = state[name].layout == torch.strided and all(
+            is_finite(part) for part in state[name].reshape(-1).split(2**22))  # in parts, for little memory
+        if not finite and is_finite(expected[name]):  # a mask may hold -inf
             raise UserError(f"snapshot {path}: {name} holds NaN or infinite values, or is no plain float32 tensor")
     return state, by_position
 
@@ -136,7 +137,7 @@ def load_window(paths: list[Path], model: nn.Module, device: torch.device | str 
         if loads:
             window[i] = flat_columns([state[name] for name in names], columns)
         if i == begin:
-            model.load_state_dict(state)
+            load_model(model, state, path)
         del state  # before the next one is there
     for text, path in notes.items():
         distributed.note(f"{path} holds {text}")

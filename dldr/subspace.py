@@ -15,9 +15,11 @@ Precision: the basis is computed in float64; products with P use the parameters'
 torch.set_float32_matmul_precision("highest")); the k-dimensional algebra of P-BFGS is in float64 on the CPU, where a
 40 x 40 update costs microseconds and the line search needs its numbers anyway.
 """
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -36,7 +38,7 @@ def flat_parameters(model: nn.Module) -> Tensor:
 
     A step of any optimiser on the model changes w, and a change of w changes the model. Buffers (batch-norm
     statistics) are not part of w. Calling it again returns the same vector. Move the model to its device first.
-    Raises ValueError unless all are float32, or all float64, on one device.
+    Raises ValueError unless all are float32, or all float64, on one device, each in memory of its own.
     """
     parameters = trainable(model)
     kinds = {(str(p.dtype), str(p.device)) for p in parameters}
@@ -48,6 +50,9 @@ def flat_parameters(model: nn.Module) -> Tensor:
     first, storage = parameters[0], parameters[0].untyped_storage().data_ptr()
     if all(p.untyped_storage().data_ptr() == storage for p in parameters) and are_views(parameters, first):
         return first.data.as_strided((sum(sizes),), (1,))
+    spans = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()) for p in parameters)
+    if any(start < end for (_, end), (start, _) in pairwise(spans)):
+        raise ValueError("two trainable parameters share memory: to tie them, use one nn.Parameter in both places")
     w = torch.cat([p.detach().reshape(-1) for p in parameters])
     for p, values in zip(parameters, w.split(sizes), strict=True):
         p.data = values.view_as(p)
@@ -90,6 +95,7 @@ def blocks_of_differences(window: Tensor, chunk_bytes: int | None = None,
             yield part - part[0]
 
 
+@torch.no_grad()
 def pca_basis(window: Tensor, k: int | float, *, spherical: bool = False, group=None,
               chunk_bytes: int | None = None) -> tuple[Tensor, list[float]]:
     """First k principal directions of the rows of `window` (n, D), exactly: P (k, D) with orthonormal rows.
@@ -103,11 +109,14 @@ def pca_basis(window: Tensor, k: int | float, *, spherical: bool = False, group=
     to the first row, accumulated and decomposed in float64; the same matrix in float32 loses half the digits.
     `group`: with the columns sharded over processes (window (n, d), P (k, d)), an object whose all_reduce and
     broadcast work in place (`dldr.distributed`).
-    Raises ValueError if k > n - 1 (the rank of n centred rows) or if the rows span fewer than k directions.
+    Raises ValueError if k > n - 1 (the rank of n centred rows), if the rows span fewer than k directions, or if they
+    are not of finite floating point numbers.
     """
-    n, D = window.shape
-    if not (1 <= k <= n - 1 or 0 < k < 1 < n):
+    (n, D), dtype = window.shape, getattr(window, "dtype", torch.float32)
+    if not (1 <= k <= n - 1 and k == int(k) or 0 < k < 1 < n):
         raise ValueError(f"{n} snapshots have 1 to {n - 1} principal components, not {k}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"the window is of {dtype}: directions need floating point")
     scale = None
     if spherical:
         squares = sum(part.double().square().sum(1) for part in column_chunks(window, chunk_bytes))
@@ -119,13 +128,16 @@ def pca_basis(window: Tensor, k: int | float, *, spherical: bool = False, group=
         gram += X @ X.T
     if group:
         group.all_reduce(gram)
-    centre = torch.eye(n, dtype=torch.float64) - 1 / n
+    if not gram.isfinite().all():
+        raise ValueError("the snapshots hold NaN or infinite values")
+    centre = torch.eye(n, dtype=torch.float64, device="cpu") - 1 / n
     variance, U = torch.linalg.eigh(centre @ gram.cpu() @ centre)  # ascending; U (n, n)
     variance = variance.flip(0).clamp(min=0)
     rank = int((variance > 1e-11 * variance[0]).sum()) if variance[0] > 0 else 0  # below, rounding skews the rows
     shares = variance / variance.sum()
     if k < 1:
         k = min(int((shares.cumsum(0) <= k).sum()) + 1, n - 1)
+    k = int(k)
     if rank < k:
         raise ValueError(f"the {n} snapshots differ in {rank} directions only, {k} components are asked for: "
                          "are some repeated, or of a vector that the model no longer uses?")
@@ -135,7 +147,7 @@ def pca_basis(window: Tensor, k: int | float, *, spherical: bool = False, group=
     if group:
         group.broadcast(coefficients)
     coefficients = coefficients.to(window.device)
-    P, first = torch.empty(k, D, dtype=getattr(window, "dtype", torch.float32), device=window.device), 0
+    P, first = torch.empty(k, D, dtype=dtype, device=window.device), 0
     for X in blocks_of_differences(window, chunk_bytes, scale):
         P[:, first : first + X.shape[1]] = coefficients @ X
         first += X.shape[1]
@@ -174,7 +186,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             if P.P.ndim != 2 or P.P.shape[1] != len(w) or P.P.dtype != w.dtype or P.P.device != w.device:
                 raise ValueError(f"P must be (k, {len(w)}) {w.dtype} on {w.device}, as the model's trainable "
                                  f"parameters; it is {tuple(P.P.shape)} {P.P.dtype} on {P.P.device}")
-            c = torch.linspace(1, 2, len(P.P)).to(w)
+            c = torch.linspace(1, 2, len(P.P), dtype=w.dtype, device=w.device)
             if not (P.project(P.lift(c)) - c).abs().max() < 0.01:
                 raise ValueError("the rows of P are not orthonormal: take torch.linalg.qr(P.T).Q.T")
         self.basis, self.k = P, len(P.project(self.w))
@@ -208,7 +220,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                                "make a new optimiser after that")
         if all(p.grad is None for p in parameters):
             raise RuntimeError("no parameter has a gradient: call loss.backward() before step()")
-        return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
+        return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad.to_dense()).reshape(-1)
+                          for p in parameters])
+
+    def in_own_precision(self) -> contextlib.AbstractContextManager:
+        """Inside, products with P are in the parameters' dtype, also where step() is called in torch.autocast."""
+        kind = self.w.device.type
+        return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
     def state_dict(self) -> dict:
         """As torch's, but a copy."""
@@ -245,11 +263,11 @@ class ProjectedSGD(ProjectedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        g = self.basis.project(self.gradient())
         velocity, lr = self.state["velocity"], self.options["lr"]
-        velocity.mul_(self.options["momentum"]).add_(g)
-        self.theta.add_(velocity, alpha=-lr)
-        self.w.add_(self.basis.lift(velocity), alpha=-lr)
+        with self.in_own_precision():
+            velocity.mul_(self.options["momentum"]).add_(self.basis.project(self.gradient()))
+            self.theta.add_(velocity, alpha=-lr)
+            self.w.add_(self.basis.lift(velocity), alpha=-lr)
         return loss
 
     def statistics(self) -> dict:
@@ -260,7 +278,7 @@ class ProjectedSGD(ProjectedOptimizer):
 def bfgs_update(B: Tensor, s: Tensor, y: Tensor) -> Tensor:
     """BFGS update of the inverse Hessian B (k, k): the nearest symmetric matrix with B y = s. Needs y^T s > 0."""
     ys = y @ s
-    V = torch.eye(len(s), dtype=B.dtype) - torch.outer(s, y) / ys
+    V = torch.eye(len(s), dtype=B.dtype, device=B.device) - torch.outer(s, y) / ys
     return V @ B @ V.T + torch.outer(s, s) / ys
 
 
@@ -270,7 +288,10 @@ def keep_buffers(model: nn.Module) -> Callable[[], None]:
               for name, buffer in module._buffers.items() if buffer is not None]
     groups = {}
     for _, _, buffer in owners:
-        groups.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+        expanded = buffer.layout != torch.strided or any(
+            step == 0 and size > 1 for step, size in zip(buffer.stride(), buffer.shape, strict=True))
+        if not expanded:  # or sparse: nothing can write these in place
+            groups.setdefault((buffer.dtype, buffer.device), []).append(buffer)
     kept = []  # one copy for each dtype, since a GPU waits for the launches of many small ones
     for buffers in groups.values():
         flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
@@ -308,19 +329,29 @@ def armijo(loss_at: Callable[[float], float], f: float, slope: float, *, first: 
     return Search(t, loss, max_trials, False)
 
 
+def as_float(loss: Tensor | float) -> float:
+    return loss.item() if isinstance(loss, Tensor) else float(loss)
+
+
 class ProjectedBFGS(ProjectedOptimizer):
     """P-BFGS: BFGS on theta (k,) with w = w_start + P^T theta, from gradients of different mini-batches.
 
     With alpha > 0 also P+-BFGS: momentum SGD of learning rate alpha and momentum gamma on the residual
-    (I - P^T P) grad.
+    (I - P^T P) grad. On several processes the closures must give the same loss and gradients in all: average them.
     """
 
     def __init__(self, model: nn.Module, P, lr: float = 1.0, *, rho: float = 0.4, sigma: float = 0.4,
                  max_trials: int = 20, alpha: float = 0.0, gamma: float = 0.9):
-        """P as in `ProjectedSGD`; `lr` is the first trial's step length along -B g."""
+        """P as in `ProjectedSGD`; `lr` is the first trial's step length along -B g.
+
+        Raises ValueError for a model in DistributedDataParallel, whose processes would search on a loss of their own.
+        """
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError("ProjectedBFGS would search on each process's own loss: give it model.module, and "
+                             "closures that average loss and gradients over the processes")
         super().__init__(model, P, lr=lr, rho=rho, sigma=sigma, max_trials=max_trials, alpha=alpha, gamma=gamma)
-        zeros = torch.zeros(self.k, dtype=torch.float64)
-        self.state.update(B=torch.eye(self.k, dtype=torch.float64), theta=zeros.clone(),
+        zeros = torch.zeros(self.k, dtype=torch.float64, device="cpu")
+        self.state.update(B=torch.eye(self.k, dtype=torch.float64, device="cpu"), theta=zeros.clone(),
                           g=zeros.clone(), s=zeros.clone())  # projected gradient and step of the previous iteration
         if alpha:
             self.state["v"] = torch.zeros_like(self.w)  # (D,) momentum of the residual
@@ -352,8 +383,8 @@ class ProjectedBFGS(ProjectedOptimizer):
             with torch.set_grad_enabled(calls_backward):
                 return evaluate()
 
-        self.search(loss.item(), trial_loss, gradient.div_(len(closures)))
-        return loss.detach()
+        self.search(as_float(loss), trial_loss, gradient.div_(len(closures)))
+        return loss.detach() if isinstance(loss, Tensor) else loss
 
     def direction(self, g: Tensor) -> tuple[Tensor, float]:
         """Update B with the step before; returns d = -B g (k,) and the slope g^T d along it."""
@@ -375,16 +406,18 @@ class ProjectedBFGS(ProjectedOptimizer):
         if gradient is None:
             gradient = self.gradient()
         options = self.options
-        projected = self.basis.project(gradient)
-        g = projected.double().cpu()
-        d, slope = self.direction(g)
-        direction = self.basis.lift(d.to(projected))
+        with self.in_own_precision():
+            projected = self.basis.project(gradient)
+            g = projected.double().cpu()
+            d, slope = self.direction(g)
+            direction = self.basis.lift(d.to(projected))
         self.before.copy_(self.w)
         restore = keep_buffers(self.model)
 
         def loss_at(t):
             torch.add(self.before, direction, alpha=t, out=self.w)
-            loss = trial_loss().item()  # the one host synchronisation of a trial
+            torch.clear_autocast_cache()  # of copies of other weights, where step() is called in torch.autocast
+            loss = as_float(trial_loss())  # the one host synchronisation of a trial
             restore()
             return loss
 
@@ -398,7 +431,8 @@ class ProjectedBFGS(ProjectedOptimizer):
         self.state.update(g=g, s=search.t * d, theta=self.theta + search.t * d)
         if options["alpha"]:
             v = self.state["v"]
-            v.mul_(options["gamma"]).add_(self.basis.residual(gradient, projected))
+            with self.in_own_precision():
+                v.mul_(options["gamma"]).add_(self.basis.residual(gradient, projected))
             self.w.sub_(v, alpha=options["alpha"])
         self.steps += 1
         self.trials += search.trials

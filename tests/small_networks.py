@@ -1,6 +1,9 @@
 """Networks for `--arch tests/small_networks.py:FUNCTION`."""
+import random
 from collections import OrderedDict
 
+import numpy as np
+import torch
 from torch import nn
 
 from models.resnet import Block, ResNet, basic
@@ -54,3 +57,31 @@ def stochastic_depth(num_classes):
     for block in model.blocks:
         block.survival = 0.5
     return model
+
+
+class Peculiar(nn.Module):
+    """What networks of others do: a mask of -inf, an expanded buffer, a tensor kept from the pass before, noise from
+    Python's and numpy's generators, state dicts of a version."""
+
+    _version = 2
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.network, self.kept = small(num_classes), {}
+        self.register_buffer("mask", torch.full((num_classes, num_classes), -torch.inf).triu(1))
+        self.register_buffer("scale", torch.ones(1).expand(num_classes), persistent=False)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("version") != 2:
+            raise ValueError("version should be 2")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def forward(self, x):
+        if self.training:
+            x = x + 0.1 * random.random() + 0.1 * np.random.rand()
+        ones = self.kept.setdefault(len(x), torch.ones(len(x), 1))
+        return self.network(x) * ones * self.scale + self.mask.diagonal()
+
+
+def peculiar(num_classes):
+    return Peculiar(num_classes)

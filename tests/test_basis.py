@@ -72,6 +72,26 @@ def test_more_components_than_there_are_directions_are_refused(window, k, messag
         pca_basis(window.clone(), k)
 
 
+@pytest.mark.parametrize(("window", "k", "message"), [
+    (torch.ones(5, 8).cumsum(0).long(), 2, "the window is of torch.int64"), (torch.randn(5, 8), 2.5, "not 2.5"),
+    (torch.randn(5, 8).index_fill(0, torch.tensor([2]), torch.nan), 2, "hold NaN or infinite values"),
+])
+def test_windows_of_other_numbers_are_refused(window, k, message):
+    with pytest.raises(ValueError, match=message):
+        pca_basis(window, k)
+
+
+def test_a_window_with_gradients_gives_a_basis_without():
+    """And whatever torch's default device is."""
+    window = torch.randn(5, 8, requires_grad=True)
+    torch.set_default_device("meta")
+    try:
+        P, _ = pca_basis(window, 3.0)
+    finally:
+        torch.set_default_device(None)
+    assert P.shape == (3, 8) and P.device.type == "cpu" and not P.requires_grad
+
+
 @pytest.mark.parametrize("ratio", [1e-4, 1e-5, 1e-6, 1e-7])
 def test_directions_of_rounding_alone_are_refused(ratio):
     """The rows of P are orthonormal, or there is none: the least direction has this share of the largest's length."""

@@ -1,6 +1,7 @@
 """ProjectedSGD and ProjectedBFGS as torch optimisers: state, what is in w, what is refused."""
 import copy
 import io
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -252,6 +253,79 @@ def test_other_dtypes_and_devices_are_refused(convert, found):
 def test_a_basis_that_does_not_fit_is_refused(method, P, message):
     with pytest.raises(ValueError, match=message):
         METHODS[method](nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), P)
+
+
+def test_parameters_that_share_memory_are_refused():
+    model = nn.Sequential(nn.Linear(6, 3, bias=False), nn.Linear(3, 6, bias=False))
+    model[1].weight.data = model[0].weight.data.t()
+    with pytest.raises(ValueError, match="share memory: to tie them, use one nn.Parameter in both places"):
+        flat_parameters(model)
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_a_step_inside_autocast_is_one_with_autocast_inside(method):
+    """Products with P stay in float32, and a trial's pass has the trial's weights."""
+    w0, P, data = oracle.problem(12)
+    batches, ends = tensors(data, torch.float32)[:4], []
+    for around in (False, True):
+        model, w = mlp(w0, torch.float32)
+        optimizer = OPTIONS[method](model, torch.from_numpy(P).float())
+        half = partial(torch.autocast, "cpu", torch.bfloat16)
+        for batch in batches:
+            def loss(batch=batch, model=model, inside=nullcontext if around else half):
+                with inside():
+                    return loss_of(model, *batch)
+
+            with half() if around else nullcontext():
+                if method == "psgd":
+                    optimizer.zero_grad()
+                    loss().backward()
+                    optimizer.step()
+                else:
+                    optimizer.step(loss)
+        ends.append(w)
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+def test_a_closure_may_return_a_float():
+    """As for torch.optim.LBFGS, after its own backward."""
+    w0, P, data = oracle.problem(12)
+    ends = []
+    for kind in (torch.Tensor.item, lambda loss: loss):
+        model, w = mlp(w0)
+        optimizer = ProjectedBFGS(model, torch.from_numpy(P))
+        batch = tensors(data)[0]
+        loss = optimizer.step(lambda b=batch, o=optimizer, m=model, kind=kind: kind(closure("for LBFGS", o, m, b)()))
+        ends.append((float(loss), w))
+    assert ends[0][0] == ends[1][0] and torch.equal(ends[0][1], ends[1][1])
+
+
+def test_a_model_in_ddp_is_refused(tmp_path):
+    """Each process would search on the loss of its own part."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
+        with pytest.raises(ValueError, match="on each process's own loss: give it model.module"):
+            ProjectedBFGS(model, torch.eye(2, 8))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("buffer", [torch.ones(1).expand(4, 4), torch.eye(4).to_sparse()])
+def test_buffers_that_cannot_be_written_are_left(buffer):
+    model = nn.Linear(3, 2)
+    model.register_buffer("fixed", buffer)
+    ProjectedBFGS(model, torch.eye(2, 8)).step(lambda: model(torch.ones(4, 3)).square().mean())
+    assert model.fixed is buffer
+
+
+def test_sparse_gradients_are_gradients():
+    model = nn.Embedding(5, 3, sparse=True)
+    optimizer = ProjectedSGD(model, torch.eye(15)[3:5], lr=1.0)
+    model(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    assert optimizer.theta.tolist() == [-1, -1]
 
 
 def test_a_second_parameter_group_is_refused():

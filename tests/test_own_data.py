@@ -127,6 +127,36 @@ def test_items_of_a_dataset_are_drawn_by_seed_and_epoch(own):
     assert set(part.dataset.kept.tolist()) < set(range(40)) and (np.diff(part.dataset.kept) != 1).any()
 
 
+@pytest.mark.parametrize("function", ["split", "split_sets", "split_numpy"])
+def test_a_split_is_the_same_in_every_stage(own, function):
+    """No test sample of one stage is trained on in another, whatever the seed."""
+    name = own(FILE + """
+def split():
+    order = torch.randperm(60).numpy()
+    return X[order[:40]], Y[order[:40]], X[order[40:]], Y[order[40:]], 3
+
+def split_numpy():
+    order = np.random.permutation(60)
+    return X[order[:40]], Y[order[:40]], X[order[40:]], Y[order[40:]], 3
+
+def split_sets():
+    x, y = torch.tensor(X[:, None] / 100).float(), torch.tensor(Y)
+    return *torch.utils.data.random_split(TensorDataset(x, y), [40, 20]), 3
+""")
+    tests = []
+    for number in (1, 2):
+        torch.manual_seed(number)
+        np.random.seed(number)
+        tests.append(epoch(load(f"{name}:{function}", seed=number).test)[0])
+    assert torch.equal(*tests)
+
+
+def test_arrays_that_require_gradients_are_refused(own):
+    name = own("import torch\nX, Y = torch.ones(2, 3, requires_grad=True), [0, 1]\ndef f(): return X, Y, X, Y, 2")
+    with pytest.raises(UserError, match="is no array: Can't call numpy"):
+        load(f"{name}:f")
+
+
 @pytest.mark.parametrize("function", ["grey", "sets"])
 def test_the_initial_weights_do_not_depend_on_what_the_data_draw(own, function):
     torch.manual_seed(3)

@@ -3,11 +3,13 @@ import errno
 import fcntl
 import json
 import os
+import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from runs import digits_args, digits_run, network
+from runs import digits_args, digits_run, network, same
 from torch import nn
 
 import train_psgd
@@ -78,6 +80,22 @@ def test_other_weights_in_the_pretrained_file_are_another_run(sampled, tmp_path)
     shutil.copy(sampled / "1.pt", tmp_path / "weights.pt")
     with pytest.raises(UserError, match="other flags .file_digests"):
         sample(tmp_path / "run", *flags, epochs=1)
+
+
+def test_a_peculiar_network_trains_repeats_and_resumes(tmp_path):
+    arch = ["--arch", network("peculiar"), "--smalldatasets", "0.05", "--batch-size", "32"]
+    for number, name in enumerate("ab"):
+        random.seed(number)
+        np.random.seed(number)
+        sample(tmp_path / name, *arch, epochs=3)
+    assert same(tmp_path / "a" / "3.pt", tmp_path / "b" / "3.pt")
+    sample(tmp_path / "a", *arch, "--resume", "auto", epochs=4)
+    sample(tmp_path / "c", *arch, epochs=4)
+    assert same(tmp_path / "a" / "4.pt", tmp_path / "c" / "4.pt")
+    for method in ("psgd", "pbfgs"):
+        digits_run(method, tmp_path / "c", *arch, "--params_end", 4, "--n_components", 2, "--epochs", 2)
+        digits_run(method, tmp_path / "c", *arch, "--params_end", 4, "--n_components", 2, "--epochs", 3,
+                   "--resume", "auto")
 
 
 def test_overwriting_with_flags_that_are_refused_removes_nothing(sampled, tmp_path):
