@@ -207,7 +207,8 @@ def test_an_image_that_cannot_be_read_is_named(folder, tmp_path, harm, image):
 
 def test_a_killed_worker_ends_the_run(folder, tmp_path):
     status, (line,), saved = train(tmp_path, folder(), forward=KILL_WORKERS)
-    assert status == 1 and saved and "SIGKILL" in line and "--workers 0" in line
+    assert status == 1 and saved and "--workers 0" in line
+    assert "SIGKILL" in line or "Connection reset" in line  # if a batch of it was being read
 
 
 def test_an_error_elsewhere_ends_the_run_and_its_workers(folder, tmp_path):
