@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from datasets import Source, check_arrays, moments, read_npz
 from datasets.loader import Checked, seeded
@@ -28,7 +27,7 @@ def read(name):
         value, imports = userfile.call(name, "--datasets")
     value = value if isinstance(value, (tuple, list)) else (value,)
     if len(value) == 3:
-        with torch.random.fork_rng(devices=[]):  # items may draw, too
+        with seeded(0):  # items may draw, too
             return None, own_datasets(*value, where, imports)
     if len(value) not in (5, 6):
         kinds = ", ".join(type(item).__name__ for item in value)

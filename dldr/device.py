@@ -2,10 +2,12 @@
 import contextlib
 import ctypes
 import os
+import random
 import re
 import warnings
 from glob import glob
 
+import numpy as np
 import torch
 
 from dldr import distributed
@@ -59,7 +61,7 @@ def unusable(index):
 
 
 def set_up(device="auto", seed=1, *, deterministic=False, conv_tf32=False, timeout=600):
-    """Seed torch for the initial weights, set TF32, cuDNN and determinism flags; returns the device.
+    """Seed torch, numpy and Python for the initial weights, set TF32, cuDNN and determinism flags; returns the device.
 
     device: "auto", "cpu", "cuda" or "cuda:N"; timeout: of the process group (s).
     """
@@ -72,6 +74,8 @@ def set_up(device="auto", seed=1, *, deterministic=False, conv_tf32=False, timeo
     torch.backends.cudnn.benchmark_limit = 3  # of some 40 plans, which take 3 to 15 s
     torch.backends.cudnn.allow_tf32 = conv_tf32
     torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
     device = pick_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

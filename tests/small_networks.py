@@ -69,6 +69,7 @@ class Peculiar(nn.Module):
         super().__init__()
         self.network, self.kept = small(num_classes), {}
         self.register_buffer("mask", torch.full((num_classes, num_classes), -torch.inf).triu(1))
+        self.register_buffer("drawn", torch.tensor([np.random.rand(), random.random()]))
         self.register_buffer("scale", torch.ones(1).expand(num_classes), persistent=False)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
